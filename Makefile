@@ -1,0 +1,106 @@
+# The front door: every target makes .venv and installs what it needs, once.
+#
+#   PYTHON=python3.12       the interpreter of .venv; without it, one from 3.10 to 3.13 is looked for
+#   TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu   another build of PyTorch than PyPI's
+#   ARGS="-k gather"        more arguments for pytest or the benchmark
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip install -q
+STAMPS := .venv/stamps
+LIBRARY := kernels/audiomae_kernels/libaudiomae_native.so
+
+FITS := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$python -c '$(FITS)' 2>/dev/null && echo $$python && break; done)
+
+# A torch that is already there is used: a fresh one is gigabytes, and may be the wrong build for the machine.
+define CREATE_VENV
+import sys
+if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+    sys.exit("audiomae needs Python 3.10 to 3.13, and this one is %d.%d: name another with PYTHON=." % sys.version_info[:2])
+import importlib.util, pathlib, re, subprocess
+name = "python%d.%d" % sys.version_info[:2]
+if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
+    sys.exit("Python cannot create environments here: install its venv module (Debian, Ubuntu: apt install %s-venv)." % name)
+torch, inherit = importlib.util.find_spec("torch"), False
+if torch and torch.origin:
+    folder = pathlib.Path(torch.origin).parent
+    version = re.search(r"__version__ = '(\d+)\.(\d+)", (folder / "version.py").read_text())
+    inherit = bool(version) and (int(version[1]), int(version[2])) >= (2, 10)
+print("Creating .venv with", name, "and the PyTorch in %s" % folder if inherit else "")
+subprocess.check_call([sys.executable, "-m", "venv", ".venv"] + ["--system-site-packages"] * inherit)
+if inherit and sys.prefix != sys.base_prefix:  # inside another environment: "system" is the Python beneath it
+    pathlib.Path(".venv/lib", name, "site-packages/outer-environment.pth").write_text(str(folder.parent))
+endef
+export CREATE_VENV
+
+define CONSTRAINTS
+from importlib.metadata import version
+major, minor = version("torch").split(".")[:2]
+print("torch==%s\ntorchaudio<%s.%d" % (version("torch"), major, int(minor) + 1))
+endef
+export CONSTRAINTS
+
+define SAY_NATIVE
+from audiomae_kernels import _native
+tiers = _native.cpu_tiers()
+print(_native.why_not() or "The native CPU library is built; tier: " + ", ".join(name for name, chosen, _ in tiers if chosen))
+endef
+export SAY_NATIVE
+
+.PHONY: help venv native test test-all bench lint clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: $(STAMPS)/torch ## create .venv with PyTorch and the build tools
+
+native: $(STAMPS)/native ## build the native CPU library into the checkout
+	@test -f $(LIBRARY)
+
+test: $(STAMPS)/dev $(STAMPS)/native ## run the fast tests
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-all: $(STAMPS)/dev $(STAMPS)/native ## run all tests
+	$(PY) -m pytest $(ARGS)
+
+bench: $(STAMPS)/bench $(STAMPS)/native ## run the quick benchmark of the models into bench/results/latest
+	$(PY) -m bench models --quick --out bench/results/latest $(ARGS)
+
+lint: $(STAMPS)/dev ## check style and formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean: ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info kernels/audiomae_kernels/*.so $(STAMPS)/native .pytest_cache .ruff_cache .benchmarks
+	find audiomae kernels bench tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMPS)/venv:
+	@test -n "$(PYTHON)" || { echo "audiomae needs Python 3.10 to 3.13, and none was found: install one or name it with PYTHON=." >&2; exit 1; }
+	@$(PYTHON) -c "$$CREATE_VENV"
+	@mkdir -p $(STAMPS) && touch $@
+
+# The constraints keep later installs from exchanging this torch for another, and from bringing a torchaudio that is
+# newer than it: torchaudio 2.11 does not load into torch 2.10.
+$(STAMPS)/torch: | $(STAMPS)/venv
+	@$(PIP) "setuptools>=77" wheel
+	@cmake --version >/dev/null 2>&1 || $(PIP) cmake
+	@ninja --version >/dev/null 2>&1 || $(PIP) ninja
+	$(PY) -m pip install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL) "torch>=2.10" torchaudio torchvision,"torch>=2.10")
+	@$(PY) -c "$$CONSTRAINTS" > .venv/constraints.txt
+	@touch $@
+
+# Without a compiler setup.py says so and leaves no library: the stamp is left out and the next run tries again.
+$(STAMPS)/native: CMakeLists.txt setup.py $(wildcard kernels/csrc/*) | $(STAMPS)/torch
+	@$(PY) setup.py -q build_ext --inplace
+	@! test -f $(LIBRARY) || touch $@
+
+$(STAMPS)/dev $(STAMPS)/bench: pyproject.toml setup.py | $(STAMPS)/torch $(STAMPS)/native
+	@echo "Installing audiomae[$(@F)] into .venv"
+	@$(PIP) -c .venv/constraints.txt --no-build-isolation -e '.[$(@F)]'
+	@$(PY) -c "$$SAY_NATIVE"
+	@touch $@

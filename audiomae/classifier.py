@@ -1,0 +1,98 @@
+"""Fine-tuning: a pre-trained encoder, mean pooling and a linear head.
+
+Huang et al. 2022, section 3.4: the decoder is dropped, and in training whole time steps and frequency bands are
+masked instead of single patches. Shapes as in `model.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import ClassifierConfig
+from .masking import Mask
+from .model import Output, SpectrogramModel
+
+
+class Classifier(SpectrogramModel):
+    """Encoder, mean over the patch tokens, LayerNorm, Linear.
+
+    Build one with `audiomae.create_classifier`. Attribute `config` holds its `ClassifierConfig`.
+    """
+
+    def __init__(self, config: ClassifierConfig):
+        super().__init__(config)
+        self.fc_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.head = nn.Linear(config.width, config.num_classes)
+        for module in self.encoder.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        if self.encoder.prefix is not None:
+            nn.init.trunc_normal_(self.encoder.prefix, std=0.02)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.zeros_(self.head.bias)
+
+    def draw_mask(
+        self,
+        batch: int,
+        frames: int | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Mask:
+        """Structured masking with the configured `mask_time` and `mask_frequency`; one of them must be set."""
+        c = self.config
+        grid, common = c.grid(frames), {"generator": generator, "device": device}
+        if not c.mask_frequency:
+            return Mask.time(batch, grid, c.mask_time, **common)
+        if not c.mask_time:
+            return Mask.frequency(batch, grid, c.mask_frequency, **common)
+        return Mask.time_frequency(batch, grid, c.mask_time, c.mask_frequency, **common)
+
+    def forward(
+        self,
+        spectrogram: Tensor,
+        mask: Mask | None = None,
+        lengths: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Output:
+        """Logits, and the loss when labels are given.
+
+        Args:
+            spectrogram: (B, T, F) or (B, 1, T, F) normalised log-mel.
+            mask: tokens to leave out; None masks nothing in evaluation, and in training draws a mask where
+                `mask_time` or `mask_frequency` is set.
+            lengths: (B,) valid frames; zeros after a clip's end are attended, as published.
+            labels: (B,) int64 class numbers (cross-entropy) or (B, num_classes) float targets (binary
+                cross-entropy per class).
+
+        Returns:
+            `Output` with `loss` (if labels), `logits` (R, num_classes), `mask` (if any).
+
+        Raises:
+            ValueError: the input, the mask or the labels do not fit the model.
+        """
+        c = self.config
+        if mask is None and self.training and (c.mask_time or c.mask_frequency):
+            batch, frames = spectrogram.shape[0], spectrogram.shape[-2]
+            mask = self.draw_mask(batch, frames, device=spectrogram.device)
+        tokens = self.encode(spectrogram, mask, lengths)[:, c.prefix_tokens :]
+        logits = self.head(self.fc_norm(tokens.mean(dim=1)))
+        out = Output(logits=logits) if labels is None else Output(loss=self.loss(logits, labels), logits=logits)
+        if mask is not None:
+            out["mask"] = mask
+        return out
+
+    @staticmethod
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy for (B,) int64 labels, binary cross-entropy for (B, C) float ones; fp32."""
+        precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if labels.dtype == torch.int64 and labels.shape == logits.shape[:1]:
+            return F.cross_entropy(precise, labels)
+        if labels.is_floating_point() and labels.shape == logits.shape:
+            return F.binary_cross_entropy_with_logits(precise, labels.to(precise.dtype))
+        raise ValueError(
+            f"labels must be int64 of shape {tuple(logits.shape[:1])} (one class a clip) or float of shape "
+            f"{tuple(logits.shape)} (any number of classes), got {labels.dtype} of shape {tuple(labels.shape)}"
+        )

@@ -1,0 +1,123 @@
+"""Models by name, by path, or by hub id."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .classifier import Classifier
+from .config import ClassifierConfig, Config, EncoderConfig, MAEConfig, SSASTConfig, model_config, replace
+from .model import MaskedAutoencoder, SpectrogramModel
+from .pretrained import load_folder
+from .ssast import SSAST
+
+_CLASSES = {MAEConfig: MaskedAutoencoder, SSASTConfig: SSAST, ClassifierConfig: Classifier}
+
+
+def build(config: Config) -> SpectrogramModel:
+    """The model of a configuration, freshly initialised."""
+    return _CLASSES[type(config)](config)
+
+
+def create_model(name: str, **overrides: Any) -> MaskedAutoencoder | SSAST:
+    """A pre-training model, freshly initialised.
+
+    Args:
+        name: one of `list_models()`.
+        overrides: fields of its configuration (`MAEConfig`, `SSASTConfig`), for example `mask_ratio=0.75`,
+            `patch=(32, 16), stride=(16, 16)`, `decoder="hybrid"`, `frames=512`.
+
+    Raises:
+        ValueError: an unknown name or field (near ones are suggested), or a value out of range.
+    """
+    return build(model_config(name, **overrides))
+
+
+def create_classifier(
+    name: str, num_classes: int, frames: int = 1024, pretrained: str | Path | None = None, **overrides: Any
+) -> Classifier:
+    """A classifier on the encoder of a named model.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: outputs of the head.
+        frames: length of the clips.
+        pretrained: path or hub id of the weights to start from (`load`); their encoder and positions are taken,
+            head and fc_norm start fresh. Without it positions are on the right grid ("grid").
+        overrides: fields of `ClassifierConfig`, for example `drop_path=0.1, mask_time=0.2, mask_frequency=0.2`.
+
+    Raises:
+        ValueError: an unknown name or field, or pre-trained weights of another architecture.
+    """
+    source = None if pretrained is None else load(pretrained)
+    encoder = model_config(name) if source is None else source.config
+    if source is not None:
+        _check_same_architecture(model_config(name), encoder, pretrained)
+    fields = {f.name: getattr(encoder, f.name) for f in dataclasses.fields(EncoderConfig)}
+    # Audio-MAE pools before its norm, SSAST after it. Pre-training's dropout is not fine-tuning's.
+    fields |= {"final_norm": encoder.family == "ssast"}
+    if source is None and fields["positions"] == "transposed":
+        fields["positions"] = "grid"
+    config = ClassifierConfig(**fields, num_classes=num_classes)
+    config = replace(config, frames=frames, frontend=replace(config.frontend, frames=frames), **overrides)
+    model = Classifier(config)
+    if source is not None:
+        _copy_encoder(source, model)
+    return model
+
+
+def _check_same_architecture(named: EncoderConfig, found: EncoderConfig, source: object) -> None:
+    for key in ("family", "width", "depth", "heads", "mel_bins", "patch"):
+        if getattr(named, key) != getattr(found, key):
+            raise ValueError(
+                f"the weights in {source} have {key}={getattr(found, key)!r}, "
+                f"but the named model has {getattr(named, key)!r}"
+            )
+
+
+def _copy_encoder(source: SpectrogramModel, model: Classifier) -> None:
+    state = source.encoder.state_dict()
+    own = model.encoder.state_dict()
+    for name in [name for name in state if name not in own]:
+        del state[name]  # the final norm, where pooling comes before it
+    if "positions.table" in state:
+        wanted, found = model.encoder.positions.grid, source.encoder.positions.grid
+        if wanted[0] > found[0]:
+            raise ValueError(
+                f"the pre-trained positions reach {source.config.frames} frames, "
+                f"which is less than frames={model.config.frames}"
+            )
+        with torch.no_grad():
+            state["positions.table"] = torch.cat(source.encoder.positions(wanted))[None]
+    model.encoder.load_state_dict(state)
+    model.spectrogram_norm.load_state_dict(source.spectrogram_norm.state_dict())
+
+
+def load(source: str | Path, **overrides: Any) -> SpectrogramModel:
+    """A model with its weights.
+
+    Args:
+        source: a folder written by `save_pretrained`, a published checkpoint (`.pth`, `.pt`, `.bin` or
+            `.safetensors`, see `from_upstream`), or a Hugging Face hub id.
+        overrides: fields of the configuration to replace; for a published checkpoint those of `from_upstream`.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: a file or folder that holds no model of ours.
+    """
+    from .upstream import load_upstream
+
+    path = Path(source)
+    if path.is_dir():
+        return load_folder(path, overrides)
+    if path.is_file():
+        return load_upstream(path, **overrides)
+    if path.suffix or path.is_absolute() or str(source).count("/") != 1:
+        raise FileNotFoundError(
+            f"there is no file or folder {source}; a hub id looks like owner/name, "
+            "and list_models() names the untrained models for create_model()"
+        )
+    return SpectrogramModel.from_pretrained(str(source), **overrides)

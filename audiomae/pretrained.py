@@ -1,0 +1,111 @@
+"""Models on disk and on the Hugging Face hub: a folder with `config.json` and `model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from . import config as configs
+
+if TYPE_CHECKING:
+    from .model import SpectrogramModel
+
+CONFIG, WEIGHTS, EXTRAS = "config.json", "model.safetensors", "upstream.safetensors"
+
+
+class PretrainedMixin(ModelHubMixin, library_name="audiomae", tags=["audio", "masked-autoencoder"]):
+    """`save_pretrained(folder)`, `from_pretrained(folder or hub id)` and `push_to_hub(hub id)`.
+
+    A model that came from a published checkpoint takes along what it had no use for (`upstream`), so that
+    `audiomae.to_upstream` gives all of it back.
+    """
+
+    upstream = None  # set by `audiomae.from_upstream`
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        written = json.dumps(configs.to_dict(self.config), indent=2)
+        (save_directory / CONFIG).write_text(written + "\n")
+        state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(state, save_directory / WEIGHTS, metadata={"format": "pt"})
+        if self.upstream is not None:
+            extras = {name: tensor.contiguous() for name, tensor in self.upstream.extras.items()}
+            metadata = {"kind": self.upstream.kind, "prefix": self.upstream.prefix}
+            save_file(extras, save_directory / EXTRAS, metadata=metadata)
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, revision=None, cache_dir=None, force_download=False, local_files_only=False,
+        token=None, **overrides: Any,
+    ) -> SpectrogramModel:  # fmt: skip
+        folder = Path(model_id)
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(
+                    model_id,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                    allow_patterns=[CONFIG, WEIGHTS, EXTRAS],
+                )
+            )
+        model = load_folder(folder, overrides)
+        if not isinstance(model, cls):
+            raise ValueError(f"{model_id} holds a {type(model).__name__}, not a {cls.__name__}")
+        return model
+
+
+def load_folder(folder: Path, overrides: dict[str, Any]) -> SpectrogramModel:
+    """The model in a folder written by `save_pretrained`, some fields of its configuration replaced.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the configuration or the weights are broken, or do not belong together.
+    """
+    from .create import build
+    from .upstream import Upstream
+
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}: it is no folder that save_pretrained wrote")
+    try:
+        config = configs.from_dict(json.loads((folder / CONFIG).read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG} is no model configuration: {error}") from error
+    model = build(configs.replace(config, **overrides))
+    load_weights(model, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
+    if (folder / EXTRAS).is_file():
+        with safe_open(folder / EXTRAS, "pt") as file:
+            metadata = file.metadata()
+        model.upstream = Upstream(metadata["kind"], metadata["prefix"], read_safetensors(folder / EXTRAS))
+    return model
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no intact safetensors file: {error}") from error
+
+
+def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], source: object) -> None:
+    """`load_state_dict` that checks names and shapes first and says all that is wrong in one sentence."""
+    own = model.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in state]
+    problems += [f"{name} is unexpected" for name in state if name not in own]
+    problems += [
+        f"{name} has shape {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"the weights in {source} do not fit the model: {'; '.join(problems[:5])}{more}")
+    model.load_state_dict(state)

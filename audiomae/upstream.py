@@ -1,0 +1,517 @@
+"""Published checkpoints in and out: Audio-MAE, SSAST, MAE-AST, and timm's port of the Audio-MAE encoder.
+
+A state dict is recognised by its keys, sizes are read off the shapes, and every tensor goes through a `Rule` that
+can be undone: `to_upstream(from_upstream(sd))` is `sd`, key by key and bit by bit. What a model has no use for is
+carried along.
+
+Token order: Audio-MAE and MAE-AST number tokens time-major, as this project does. SSAST numbers them
+frequency-major and reads patches as (mel, time): its kernels, patch outputs and positions are permuted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .classifier import Classifier
+from .config import MODELS, ClassifierConfig, Config, MAEConfig, SSASTConfig, replace
+from .model import MAX_FLAT_TOKENS, MaskedAutoencoder, SpectrogramModel, sincos_2d, sinusoids_1d
+from .pretrained import read_safetensors
+from .ssast import SSAST
+
+State = dict[str, Tensor]
+
+AUDIOMAE, AUDIOMAE_ENCODER, AUDIOMAE_FINETUNED = "Audio-MAE", "Audio-MAE encoder", "Audio-MAE fine-tuned"
+SSAST_KIND, MAE_AST_KIND = "SSAST", "MAE-AST"
+
+# A key (or the start of keys) that only this kind has; the first that fits names it.
+_KINDS = {
+    "decoder_blocks.0.": AUDIOMAE,
+    "post_extract_proj.": MAE_AST_KIND,
+    "v.patch_embed.": SSAST_KIND,
+    "fc_norm.": AUDIOMAE_FINETUNED,
+    "patch_embed.proj.": AUDIOMAE_ENCODER,
+}
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """Where a model came from, and what it could not use.
+
+    Attributes:
+        kind: which published state dict.
+        prefix: "module." where the names had it.
+        extras: tensors without a place in the model, by upstream's name.
+    """
+
+    kind: str
+    prefix: str = ""
+    extras: State = field(default_factory=dict)
+
+
+# -- rules ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One of our tensors and the upstream tensors it is made of."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    decode: Callable[[list[Tensor]], Tensor] = lambda tensors: tensors[0]
+    encode: Callable[[Tensor], list[Tensor]] = lambda tensor: [tensor]
+
+
+def _linear(ours: str, theirs: str) -> Iterator[Rule]:
+    for part in ("weight", "bias"):
+        yield Rule(f"{ours}.{part}", (f"{theirs}.{part}",))
+
+
+def _joined(ours: str, theirs: tuple[str, ...], dim: int = 0) -> Rule:
+    """Several tensors of one size, one after the other."""
+    return Rule(ours, theirs, lambda t: torch.cat(t, dim), lambda t: list(t.chunk(len(theirs), dim)))
+
+
+def _kernel(ours: str, theirs: str, patch: tuple[int, int]) -> Rule:
+    """Conv2d weight (D, 1, pt, pf) <-> Linear weight (D, pt * pf)."""
+    return Rule(ours, (theirs,), lambda t: t[0].flatten(1), lambda t: [t.unflatten(1, (1, *patch))])
+
+
+def _vit_block(ours: str, theirs: str) -> Iterator[Rule]:
+    for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
+        yield from _linear(f"{ours}.{part}", f"{theirs}.{part}")
+
+
+def _window_block(ours: str, theirs: str) -> Iterator[Rule]:
+    yield from _vit_block(ours, theirs)
+    yield Rule(f"{ours}.attn.tau", (f"{theirs}.attn.tau",))
+    yield from _linear(f"{ours}.attn.bias_mlp.0", f"{theirs}.attn.meta_mlp.fc1")
+    yield from _linear(f"{ours}.attn.bias_mlp.3", f"{theirs}.attn.meta_mlp.fc2")
+
+
+def _fairseq_block(ours: str, theirs: str) -> Iterator[Rule]:
+    for part in ("weight", "bias"):
+        names = tuple(f"{theirs}.self_attn.{x}_proj.{part}" for x in "qkv")
+        yield _joined(f"{ours}.attn.qkv.{part}", names)
+    for a, b in (
+        ("attn.proj", "self_attn.out_proj"),
+        ("norm1", "self_attn_layer_norm"),
+        ("mlp.fc1", "fc1"),
+        ("mlp.fc2", "fc2"),
+        ("norm2", "final_layer_norm"),
+    ):
+        yield from _linear(f"{ours}.{a}", f"{theirs}.{b}")
+
+
+def _audiomae_rules(c: MAEConfig | ClassifierConfig) -> Iterator[Rule]:
+    yield Rule("encoder.prefix", ("cls_token",))
+    yield Rule("encoder.positions.table", ("pos_embed",))
+    yield _kernel("encoder.patch_embed.weight", "patch_embed.proj.weight", c.patch)
+    yield Rule("encoder.patch_embed.bias", ("patch_embed.proj.bias",))
+    for i in range(c.depth):
+        yield from _vit_block(f"encoder.blocks.{i}", f"blocks.{i}")
+    if isinstance(c, ClassifierConfig):
+        yield from _linear("fc_norm", "fc_norm")
+        yield from _linear("head", "head")
+        return
+    yield from _linear("encoder.norm", "norm")
+    if c.decoder == "none":
+        return
+    yield Rule("decoder.mask_token", ("mask_token",))
+    yield Rule("decoder.positions.table", ("decoder_pos_embed",))
+    local = {"window": c.num_decoder_blocks, "hybrid": c.num_decoder_blocks - c.global_blocks, "global": 0}
+    for i in range(c.num_decoder_blocks):
+        block = _window_block if i < local[c.decoder] else _vit_block
+        yield from block(f"decoder.blocks.{i}", f"decoder_blocks.{i}")
+    yield from _linear("decoder.embed", "decoder_embed")
+    yield from _linear("decoder.norm", "decoder_norm")
+    yield from _linear("reconstruction_head", "decoder_pred")
+
+
+def _ssast_rules(c: SSASTConfig) -> Iterator[Rule]:
+    (pt, pf), (frames, bands) = c.patch, c.grid()
+
+    def swap(dim: int, first: int, second: int) -> Callable[[Tensor], Tensor]:
+        """(..., first * second, ...) -> (..., second * first, ...)."""
+        return lambda t: t.unflatten(dim, (first, second)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+    def tokens(reorder: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+        return torch.cat([t[:, : c.prefix_tokens], reorder(t[:, c.prefix_tokens :])], dim=1)
+
+    to_time_major, to_frequency_major = swap(1, bands, frames), swap(1, frames, bands)
+    rows_in, rows_out = swap(0, pf, pt), swap(0, pt, pf)  # patch values: (mel, time) <-> (time, mel)
+    yield Rule("mask_token", ("mask_embed",))
+    yield _joined("encoder.prefix", ("v.cls_token", "v.dist_token"), dim=1)
+    yield Rule(
+        "encoder.positions.table",
+        ("v.pos_embed",),
+        lambda t: tokens(to_time_major, t[0]),
+        lambda t: [tokens(to_frequency_major, t)],
+    )
+    yield Rule(
+        "encoder.patch_embed.weight",
+        ("v.patch_embed.proj.weight",),
+        lambda t: t[0].transpose(2, 3).flatten(1),
+        lambda t: [t.unflatten(1, (1, pt, pf)).transpose(2, 3)],
+    )
+    yield Rule("encoder.patch_embed.bias", ("v.patch_embed.proj.bias",))
+    for i in range(c.depth):
+        yield from _vit_block(f"encoder.blocks.{i}", f"v.blocks.{i}")
+    yield from _linear("encoder.norm", "v.norm")
+    for ours, theirs in (("info_nce_head", "cpredlayer"), ("reconstruction_head", "gpredlayer")):
+        yield from _linear(f"{ours}.0", f"{theirs}.0")
+        for part in ("weight", "bias"):
+            yield Rule(
+                f"{ours}.2.{part}",
+                (f"{theirs}.2.{part}",),
+                lambda t: rows_in(t[0]),
+                lambda t: [rows_out(t)],
+            )
+
+
+def _mae_ast_rules(c: MAEConfig) -> Iterator[Rule]:
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        yield Rule(f"spectrogram_norm.{name}", (f"batch_norm.{name}",))
+    yield from _linear("encoder.patch_embed", "post_extract_proj")
+    yield from _linear("encoder.input_norm.0", "encoder.layer_norm")
+    for i in range(c.depth):
+        yield from _fairseq_block(f"encoder.blocks.{i}", f"encoder.layers.{i}")
+    yield Rule("decoder.mask_token", ("decoder_mask_emb",), lambda t: t[0][None, None], lambda t: [t[0, 0]])
+    yield from _linear("decoder.input_norm.0", "decoder.layer_norm")
+    for i in range(c.num_decoder_blocks):
+        yield from _fairseq_block(f"decoder.blocks.{i}", f"decoder.layers.{i}")
+    yield from _linear("reconstruction_head", "final_proj_reconstruction")
+    yield from _linear("info_nce_head", "final_proj_classification")
+
+
+def upstream_rules(config: Config) -> list[Rule]:
+    """How a model's tensors correspond to upstream's. Linear, so that gradients go the same way.
+
+    Raises:
+        ValueError: upstream has no model of this kind.
+    """
+    if config.family == "audiomae":
+        return list(_audiomae_rules(config))
+    if isinstance(config, SSASTConfig):
+        return list(_ssast_rules(config))
+    if isinstance(config, MAEConfig) and config.decoder == "global":
+        return list(_mae_ast_rules(config))
+    raise ValueError(f"there is no published form of a {config.family} {type(config).__name__}")
+
+
+# -- in ------------------------------------------------------------------------------------------------------
+
+
+def from_upstream(state_dict: State, **overrides: Any) -> MaskedAutoencoder | SSAST | Classifier:
+    """A model with the weights of a published checkpoint.
+
+    Args:
+        state_dict: names and tensors of a pre-trained Audio-MAE (window, global or mixed decoder), a fine-tuned
+            one, timm's port of its encoder (pre-trained or fine-tuned), SSAST, or MAE-AST. Sizes are inferred.
+        overrides: what keys and shapes cannot say. `tokens="patch"|"frame"` is needed for MAE-AST;
+            `normalize_target` (default True for Audio-MAE), `window_shift`, `stride`, `num_heads` (default:
+            heads of 64), and any other field of the configuration.
+
+    Returns:
+        The model, in the dtype of the tensors, on the CPU. `model.upstream` carries what it had no use for.
+
+    Raises:
+        ValueError: no known kind of checkpoint, missing tensors, or tensors of the wrong shape.
+    """
+    prefix = "module." if state_dict and all(name.startswith("module.") for name in state_dict) else ""
+    state = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+    kind = recognize(state)
+    try:
+        config = _infer_config(kind, state, dict(overrides))
+    except KeyError as error:
+        raise ValueError(f"this looks like a checkpoint of {kind}, but {error.args[0]} is missing") from None
+    rules = upstream_rules(config)
+    missing = [name for rule in rules for name in rule.theirs if name not in state]
+    if missing:
+        raise ValueError(
+            f"this looks like a checkpoint of {kind}, but {len(missing)} tensors are missing: {_listed(missing)}"
+        )
+    model = _build(config).to(next(t.dtype for t in state.values() if t.is_floating_point()))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    ours = {rule.ours: _decoded(rule, state, shapes[rule.ours]) for rule in rules}
+    model.load_state_dict(ours, assign=True)  # each tensor keeps its own dtype
+    used = {name for rule in rules for name in rule.theirs}
+    extras = {name: tensor for name, tensor in state.items() if name not in used}
+    _check_sinusoids(extras)
+    model.upstream = Upstream(kind, prefix, extras)
+    return model
+
+
+def recognize(state: State) -> str:
+    """Which published state dict this is, by its keys.
+
+    Raises:
+        ValueError: none of them; the message names keys that would have told.
+    """
+    for mark, kind in _KINDS.items():
+        if any(name.startswith(mark) for name in state):
+            return kind
+    raise ValueError(
+        f"this state dict matches no known model. None of its {len(state)} keys ({_listed(list(state))}) starts "
+        f"like {', '.join(f'{mark}* ({kind})' for mark, kind in _KINDS.items())}"
+    )
+
+
+def _decoded(rule: Rule, state: State, shape: torch.Size) -> Tensor:
+    given = [state[name] for name in rule.theirs]
+    try:
+        tensor = rule.decode(given)
+    except (RuntimeError, IndexError):
+        tensor = None
+    if tensor is None or tensor.shape != shape:
+        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(rule.theirs, given, strict=True))
+        raise ValueError(f"wrong shape: {shapes} cannot become our {rule.ours} of shape {tuple(shape)}")
+    return tensor.detach().clone()
+
+
+def _build(config: Config) -> SpectrogramModel:
+    from .create import build
+
+    return build(config)
+
+
+def _depth(state: State, prefix: str) -> int:
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    numbers = [int(m.group(1)) for name in state if (m := pattern.match(name))]
+    return max(numbers, default=-1) + 1
+
+
+def _infer_config(kind: str, state: State, overrides: dict[str, Any]) -> Config:
+    if "num_heads" in overrides:
+        overrides["heads"] = overrides.pop("num_heads")
+    if kind == MAE_AST_KIND:
+        return _infer_mae_ast(state, overrides)
+    if kind == SSAST_KIND:
+        return _infer_ssast(state, overrides)
+    return _infer_audiomae(kind, state, overrides)
+
+
+def _infer_audiomae(kind: str, state: State, overrides: dict[str, Any]) -> MAEConfig | ClassifierConfig:
+    width, _, *patch = state["patch_embed.proj.weight"].shape
+    sizes = {
+        "family": "audiomae",
+        "patch": tuple(patch),
+        "width": width,
+        "depth": _depth(state, "blocks."),
+        "heads": width // 64,
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "stride": overrides.get("stride"),
+    }
+    table = state["pos_embed"]
+    sizes["frames"] = _frames(table.shape[1] - 1, sizes["patch"], sizes["stride"])
+    if kind == AUDIOMAE_FINETUNED:
+        config = ClassifierConfig(**sizes, num_classes=state["head.weight"].shape[0])
+    elif kind == AUDIOMAE_ENCODER:
+        config = MAEConfig(**sizes, decoder="none")
+    else:
+        depth = _depth(state, "decoder_blocks.")
+        local = [f"decoder_blocks.{i}.attn.tau" in state for i in range(depth)]
+        decoder = "window" if all(local) else "hybrid" if any(local) else "global"
+        config = MAEConfig(
+            **sizes,
+            decoder=decoder,
+            decoder_width=state["mask_token"].shape[2],
+            decoder_depth=depth,
+            decoder_heads=state["decoder_blocks.0.attn.tau"].shape[0] if any(local) else 16,
+            global_blocks=local.count(False) if decoder == "hybrid" else 4,
+        )
+    layout = position_layout(table, config.grid())
+    return replace(config, **({"positions": layout} if layout in ("transposed", "grid") else {}) | overrides)
+
+
+def position_layout(table: Tensor, grid: tuple[int, int]) -> str:
+    """Which 2-D sin-cos table (1, 1 + L, D) this is: "transposed", "grid", or "unknown" (then used as it is)."""
+    for layout in ("transposed", "grid"):
+        fresh = sincos_2d(table.shape[2], grid, transposed=layout == "transposed")
+        # The published code rounds angles to float32 on the way.
+        if fresh.shape == table[0, 1:].shape and torch.allclose(table[0, 1:].float(), fresh, rtol=0, atol=1e-4):
+            return layout
+    return "unknown"
+
+
+def _infer_ssast(state: State, overrides: dict[str, Any]) -> SSASTConfig:
+    width, _, bands, frames = state["v.patch_embed.proj.weight"].shape
+    patch, stride = (frames, bands), overrides.get("stride")
+    config = replace(
+        MODELS["ssast_frame_base" if bands == 128 else "ssast_patch_base"],
+        patch=patch,
+        width=width,
+        heads=width // 64,
+        depth=_depth(state, "v.blocks."),
+        mlp_ratio=state["v.blocks.0.mlp.fc1.weight"].shape[0] / width,
+        frames=_frames(state["v.pos_embed"].shape[1] - 2, patch, stride),
+    )
+    return replace(config, **overrides)
+
+
+def _infer_mae_ast(state: State, overrides: dict[str, Any]) -> MAEConfig:
+    tokens = overrides.pop("tokens", None)
+    if tokens not in ("patch", "frame"):
+        raise ValueError(
+            "MAE-AST's patch and frame models have the same keys and shapes: say which this is with "
+            f'tokens="patch" or tokens="frame" (got {tokens!r})'
+        )
+    width = state["post_extract_proj.weight"].shape[0]
+    config = replace(
+        MODELS[f"mae_ast_{tokens}_base"],
+        width=width,
+        heads=width // 64,
+        depth=_depth(state, "encoder.layers."),
+        mlp_ratio=state["encoder.layers.0.fc1.weight"].shape[0] / width,
+        decoder_width=width,
+        decoder_heads=overrides.get("heads", width // 64),
+        decoder_depth=_depth(state, "decoder.layers."),
+    )
+    return replace(config, **overrides)
+
+
+def _frames(tokens: int, patch: tuple[int, int], stride: tuple[int, int] | None) -> int:
+    """Frames of a clip with so many tokens, of 128 mel bins."""
+    step = stride or patch
+    bands = (128 - patch[1]) // step[1] + 1
+    if tokens < bands or tokens % bands:
+        raise ValueError(
+            f"{tokens} positions do not divide into {bands} bands of patches {patch} at stride {step}: "
+            "if the patches overlap, pass stride=(time, frequency)"
+        )
+    return (tokens // bands - 1) * step[0] + patch[0]
+
+
+def _check_sinusoids(extras: State) -> None:
+    for name, table in extras.items():
+        if name.endswith("_sine_pos_embed.pe"):
+            head = table[0, :512].float()
+            if not torch.allclose(head, sinusoids_1d(head.shape[1], head.shape[0]), rtol=0, atol=1e-4):
+                raise ValueError(f"{name} does not hold the published sinusoids: this model would read it wrongly")
+
+
+_CONTAINERS = ("model", "state_dict", "model_state_dict")
+
+
+class _Inert:
+    """Stands in for a class of a configuration library that a checkpoint mentions: holds data, does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+
+# What published checkpoints hold besides tensors and plain data: the arguments of the training script.
+_ALLOWED = [
+    argparse.Namespace,
+    collections.defaultdict,
+    *(
+        (_Inert, name)
+        for name in (
+            "omegaconf.dictconfig.DictConfig",
+            "omegaconf.listconfig.ListConfig",
+            "omegaconf.base.ContainerMetadata",
+            "omegaconf.base.Metadata",
+            "omegaconf.nodes.AnyNode",
+            "omegaconf.nodes.BooleanNode",
+            "omegaconf.nodes.EnumNode",
+            "omegaconf.nodes.FloatNode",
+            "omegaconf.nodes.IntegerNode",
+            "omegaconf.nodes.StringNode",
+            "typing.Any",
+        )
+    ),
+]
+
+
+def read_checkpoint(path: Path) -> State:
+    """The state dict in a published file. Nothing in the file is executed.
+
+    Args:
+        path: `.safetensors`, or a file of `torch.save` (a state dict, or a dict that holds one as "model" or
+            "state_dict"). Besides tensors and plain data only an argparse Namespace and omegaconf containers are
+            let through, the latter as inert objects.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is broken, holds objects that are not let through, or no state dict.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).split("\n\n")[0].replace("\n", " ")
+        raise ValueError(f"{path} could not be read as a checkpoint of tensors and plain data: {reason}") from error
+    for key in _CONTAINERS:
+        if isinstance(data, dict) and isinstance(data.get(key), dict):
+            data = data[key]
+    if not isinstance(data, dict) or not data or not all(isinstance(t, Tensor) for t in data.values()):
+        raise ValueError(f"{path} holds no state dict: a mapping of names to tensors was expected")
+    return data
+
+
+def load_upstream(path: Path, **overrides: Any) -> MaskedAutoencoder | SSAST | Classifier:
+    """`from_upstream` of a file; see `read_checkpoint` for what is accepted."""
+    return from_upstream(read_checkpoint(path), **overrides)
+
+
+# -- out -----------------------------------------------------------------------------------------------------
+
+
+def to_upstream(model: SpectrogramModel) -> State:
+    """The state dict that the published code would have written: its names, shapes and values.
+
+    A model that came from `from_upstream` gives everything back, unused tensors included. One that was made here
+    gets what the published code expects besides the weights: SSAST's grid, MAE-AST's tables and unused layers.
+
+    Raises:
+        ValueError: there is no published form of this model.
+    """
+    state = encode_tensors(model.config, model.state_dict())
+    if model.upstream is None:
+        return state | _unused(model)
+    state |= model.upstream.extras
+    return {model.upstream.prefix + name: tensor for name, tensor in state.items()}
+
+
+def encode_tensors(config: Config, ours: State) -> State:
+    """Tensors by our names -> by upstream's. Also for gradients: names that are missing are left out."""
+    state = {}
+    for rule in upstream_rules(config):
+        if rule.ours in ours:
+            tensors = rule.encode(ours[rule.ours].detach())
+            state |= {name: t.contiguous() for name, t in zip(rule.theirs, tensors, strict=True)}
+    return state
+
+
+def _unused(model: SpectrogramModel) -> State:
+    c = model.config
+    if isinstance(c, SSASTConfig):
+        frames, bands = c.grid()
+        return {"p_input_fdim": torch.tensor(bands), "p_input_tdim": torch.tensor(frames)}
+    if c.family == "mae_ast":
+        table = sinusoids_1d(c.width, MAX_FLAT_TOKENS)[None]
+        return {
+            "encoder_mask_emb": torch.zeros(c.width),
+            "layer_norm.weight": torch.ones(c.mel_bins),
+            "layer_norm.bias": torch.zeros(c.mel_bins),
+            "enc_sine_pos_embed.pe": table,
+            "dec_sine_pos_embed.pe": table,
+        }
+    return {}
+
+
+def _listed(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

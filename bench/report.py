@@ -1,0 +1,287 @@
+"""From measurements.csv to a table, report.md and two plots. Reads the CSV and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import results
+from .timing import quantile
+
+_KEY = ("model", "passes", "provider", "dtype", "mode", "batch", "frames")
+
+
+@dataclass
+class Row:
+    """All that was measured of one case. `seconds` is by round; with an `error` there are no numbers."""
+
+    model: str
+    passes: int
+    provider: str
+    dtype: str
+    mode: str
+    batch: int
+    frames: int
+    tokens: int = 0
+    kept: int = 0
+    seconds: dict[int, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def full_tokens(self) -> bool:
+        """Whether it is the baseline that encodes every token (SSAST)."""
+        return self.model.startswith("ssast")
+
+    @property
+    def name(self) -> str:
+        return self.model + ({1: ", one pass", 2: ", two passes"}[self.passes] if self.full_tokens else "")
+
+    def seconds_at(self, q: float) -> float:
+        return quantile(list(self.seconds.values()), q)
+
+
+def collect(records: Iterable[dict]) -> list[Row]:
+    """Rows in the order of their first appearance. A row with an error anywhere loses its numbers."""
+    rows: dict[tuple, Row] = {}
+    for record in records:
+        if not record["model"]:
+            continue
+        key = tuple(record[name] for name in _KEY)
+        row = rows.setdefault(key, Row(*key, tokens=record["tokens"], kept=record["kept"]))
+        if record["metric"] == "error":
+            row.error = row.error or record["note"]
+        elif record["metric"] == "seconds":
+            row.seconds[record["round"]] = record["value"]
+        elif record["metric"] != "loss":
+            row.metrics[record["metric"]] = record["value"]
+    for row in rows.values():
+        if row.error is None and not (row.seconds and "floor" in row.metrics):
+            row.error = "not finished: the run ended before"
+        if row.error is not None:
+            row.seconds, row.metrics = {}, {}
+    order = sorted({(row.model, row.passes) for row in rows.values()})
+    dtypes = list(dict.fromkeys(row.dtype for row in rows.values()))
+    providers = ["plain", *(row.provider for row in rows.values())]
+
+    def place(row):
+        return dtypes.index(row.dtype), order.index((row.model, row.passes)), providers.index(row.provider)
+
+    return sorted(rows.values(), key=place)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times `fast` beats `slow` in time, memory and FLOPs."""
+
+    fast: Row
+    slow: Row
+
+    def time(self, q: float) -> float:
+        """From the ratios within each round: what slows the machine down for a while cancels."""
+        rounds = self.fast.seconds.keys() & self.slow.seconds.keys()
+        return quantile([self.slow.seconds[i] / self.fast.seconds[i] for i in rounds], q)
+
+    def metric(self, name: str) -> float:
+        return self.slow.metrics[name] / self.fast.metrics[name]
+
+
+def _pairs(rows: Sequence[Row], keep: Callable[[Row, Row], bool]) -> list[Ratio]:
+    good = [row for row in rows if row.error is None]
+    same = ("dtype", "mode", "batch", "frames")
+    return [
+        Ratio(fast, slow)
+        for fast in good
+        for slow in good
+        if all(getattr(fast, name) == getattr(slow, name) for name in same)
+        and fast.seconds.keys() & slow.seconds.keys()
+        and keep(fast, slow)
+    ]
+
+
+def architecture_ratios(rows: Sequence[Row]) -> list[Ratio]:
+    """Visible-only encoders against SSAST, both by the same provider."""
+    return _pairs(rows, lambda a, b: a.provider == b.provider and not a.full_tokens and b.full_tokens)
+
+
+def system_ratios(rows: Sequence[Row]) -> list[Ratio]:
+    """Ours against the plain baseline of the same model, and against plain SSAST."""
+
+    def keep(fast, slow):
+        same = (fast.model, fast.passes) == (slow.model, slow.passes)
+        return fast.provider == "ours" and slow.provider == "plain" and (same or slow.full_tokens)
+
+    return _pairs(rows, keep)
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table padded so that it reads on a screen too; the first columns of words are left-aligned."""
+    lines = [list(line) for line in lines]
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    numeric = [all(line[i][:1] in "0123456789—" for line in lines) for i in range(len(header))]
+
+    def joined(cells):
+        padded = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(cells, widths, numeric, strict=True)]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = (
+        "|"
+        + "|".join("-" * (w + 1) + (":" if n else "-") for w, n in zip(widths, numeric, strict=True))
+        + "|"
+    )
+    return "\n".join([joined(header), rule, *map(joined, lines)])
+
+
+def _range(median: float, low: float, high: float, digits: int = 2) -> str:
+    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def rows_table(rows: Sequence[Row]) -> str:
+    header = ("model", "provider", "dtype", "clips/s", "ms per step", "GFLOP/clip", "floor, ms", "of floor")
+    header += ("saved, MB", "peak, MB")
+    lines = []
+    for row in rows:
+        line = [row.name, row.provider, row.dtype]
+        if row.error is None:
+            median, low, high = (row.seconds_at(q) for q in (0.5, 0.1, 0.9))
+            line += [
+                _range(row.batch / median, row.batch / high, row.batch / low),
+                f"{1e3 * median:.0f}",
+                f"{row.metrics['flops'] / 1e9:.1f}",
+                f"{1e3 * row.metrics['floor']:.0f}",
+                f"{100 * row.metrics['floor'] / median:.0f} %",
+                f"{row.metrics['saved'] / 1e6:.0f}",
+                f"{row.metrics['peak'] / 1e6:.0f}",
+            ]
+        else:
+            line += ["—"] * 7
+        lines.append(line)
+    return markdown(header, lines)
+
+
+def ratios_table(ratios: Sequence[Ratio], providers: bool) -> str:
+    """`providers`: whether the two sides' providers differ and have to be named."""
+    lines = []
+    for ratio in ratios:
+        fast, slow = ratio.fast, ratio.slow
+        line = (
+            [fast.name + " (ours)", slow.name + " (plain)"]
+            if providers
+            else [fast.name, slow.name, fast.provider]
+        )
+        line += [
+            fast.dtype,
+            _range(*(ratio.time(q) for q in (0.5, 0.1, 0.9))),
+            f"{ratio.metric('flops'):.2f}",
+        ]
+        lines.append([*line, f"{ratio.metric('saved'):.2f}", f"{ratio.metric('peak'):.2f}"])
+    header = ["this", "is faster than"] + ([] if providers else ["both by"])
+    return markdown([*header, "dtype", "speed-up", "FLOP model", "saved bytes", "peak memory"], lines)
+
+
+def ceilings_table(records: Sequence[dict]) -> str:
+    """The best rate seen for each product, by dtype: the lowest, the median and the highest of the shapes."""
+    best: dict[str, dict[str, float]] = {}
+    copies = []
+    for record in records:
+        if record["metric"] == "matmul_ceiling":
+            shapes = best.setdefault(record["dtype"], {})
+            shapes[record["part"]] = max(record["value"], shapes.get(record["part"], 0.0))
+        elif record["metric"] == "copy_ceiling":
+            copies.append(record["value"])
+    lines = [
+        [
+            f"matrix products, {dtype}",
+            *(f"{quantile(list(s.values()), q) / 1e9:.0f}" for q in (0, 0.5, 1)),
+            "GFLOP/s",
+        ]
+        for dtype, s in best.items()
+    ]
+    lines.append(["memory copy", *(f"{quantile(copies, q) / 1e9:.1f}" for q in (0, 0.5, 1)), "GB/s"])
+    return markdown(["ceiling", "lowest", "median", "highest", "unit"], lines)
+
+
+def text(records: Sequence[dict]) -> str:
+    """The whole report in Markdown."""
+    rows, first = collect(records), records[0]
+    rounds = max((len(row.seconds) for row in rows), default=0)
+    one = rows[0]
+    sections = [
+        "# Benchmark: whole models, one training step",
+        f"{first['device_name']}; {first['threads']} threads of {first['cores']} cores; {first['system']}; "
+        f"torch {first['torch']}, Python {first['python']}; commit {first['commit'] or 'unknown'}; "
+        f"{first['started']}; preset {first['preset']}.",
+        f"A step is forward, backward and AdamW on {one.batch} clips of {one.frames} frames x 128 mel bins "
+        f"({one.tokens} tokens), spectrograms of real recordings. {rounds} interleaved rounds; the figures "
+        "are medians with the 10 % and 90 % quantiles in brackets. bf16 is fp32 weights under bf16 autocast. "
+        "No dropout anywhere: each row's loss and gradient norm were checked against the fp32 baseline with "
+        "the same weights and mask, and a row that failed has no numbers.",
+        rows_table(rows),
+    ]
+    if failed := [f"- {row.name}, {row.provider}, {row.dtype}: {row.error}" for row in rows if row.error]:
+        sections += ["Rows without numbers:", "\n".join(failed)]
+    sections.append(
+        "*Floor*: every matrix product at the rate measured for its own shape in this run, attention's at "
+        "the best rate, and the optimizer's traffic at the speed of a copy. *Saved*: storages that autograd "
+        "keeps for the backward pass, without parameters. *Peak*: of a fresh process that makes one step "
+        "(weights, optimizer state and activations)."
+    )
+    if ratios := architecture_ratios(rows):
+        sections += [
+            "## Architecture: a visible-only encoder against SSAST, both by the same provider",
+            ratios_table(ratios, providers=False),
+        ]
+    if ratios := system_ratios(rows):
+        sections += [
+            "## System: ours against plain PyTorch with SDPA",
+            ratios_table(ratios, providers=True),
+        ]
+    sections += ["## Ceilings of this machine, in this run", ceilings_table(records)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _plot(rows: Sequence[Row], path: Path, title: str, unit: str, panels) -> None:
+    """A horizontal bar chart; `panels` are (title, value of a row, (below, above) of a row or None)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    good = [row for row in rows if row.error is None]
+    figure = Figure(figsize=(6 * len(panels) + 3, 1.5 + 0.34 * max(1, len(good))), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (subtitle, value, error) in zip(axes, panels, strict=True):
+        values = [value(row) for row in good]
+        whiskers = list(zip(*map(error, good), strict=True)) if error and good else None
+        colors = [{"ours": "#1b6ca8", "plain": "#b0b7bf"}.get(row.provider, "#d08c3f") for row in good]
+        axis.barh(range(len(good)), values, xerr=whiskers, color=colors, error_kw={"lw": 1, "capsize": 2})
+        axis.set(xlabel=unit, title=subtitle)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(good)), [f"{row.name}  {row.provider}  {row.dtype}" for row in good])
+    axes[0].invert_yaxis()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def write(csv: Path, out: Path) -> str:
+    """Write report.md, throughput.png and memory.png into `out`; return the report's text.
+
+    Raises:
+        ValueError: the CSV is not a benchmark record, or is empty.
+    """
+    records = results.read(csv)
+    report, rows = text(records), collect(records)
+    (out / "report.md").write_text(report + "\n![throughput](throughput.png)\n\n![memory](memory.png)\n")
+
+    def spread(row):
+        low, median, high = (row.batch / row.seconds_at(q) for q in (0.9, 0.5, 0.1))
+        return median - low, high - median
+
+    speed = [("median, 10 % and 90 % quantiles", lambda row: row.batch / row.seconds_at(0.5), spread)]
+    _plot(rows, out / "throughput.png", "Training throughput", "clips per second", speed)
+    memory = [
+        ("saved for the backward pass", lambda row: row.metrics["saved"] / 1e6, None),
+        ("peak of a fresh process", lambda row: row.metrics["peak"] / 1e6, None),
+    ]
+    _plot(rows, out / "memory.png", "Memory of a training step", "MB", memory)
+    return report

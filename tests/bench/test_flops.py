@@ -1,0 +1,44 @@
+"""The cost model against the figures derived in the papers' terms (GFLOP of one clip's forward pass)."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from audiomae.config import model_config
+from bench import plain
+from bench.data import visible_tokens
+from bench.flops import cost
+from bench.registry import Case, cases
+
+
+def gflops(name, part, kept, **overrides):
+    return cost(model_config(name, **overrides), kept, 1024).parts[part].flops / 1e9
+
+
+def test_published_sizes():
+    assert gflops("ssast_patch_base", "encoder", 112) == pytest.approx(97.1, abs=0.06)
+    assert gflops("ssast_patch_base", "encoder", 112, passes=2) == pytest.approx(2 * 97.1, abs=0.12)
+    mae_ast = gflops("mae_ast_patch_base", "encoder", 128) + gflops("mae_ast_patch_base", "decoder", 128)
+    assert mae_ast == pytest.approx(38.5, abs=0.06)
+    assert gflops("audiomae_base", "encoder", 102) == pytest.approx(17.9, abs=0.06)
+    assert gflops("audiomae_base", "decoder", 102) == pytest.approx(51.8, abs=0.06)
+    assert gflops("audiomae_base", "decoder", 102, decoder="global") == pytest.approx(30.1, abs=0.06)
+
+
+def test_kept_tokens_are_the_published_ones():
+    kept = {case.model: case.kept for case in cases(["audiomae_base", "mae_ast_patch_base"], ["fp32"], 1)}
+    assert kept == {"audiomae_base": 102, "mae_ast_patch_base": 128}
+    assert Case("ssast_patch_base", "plain", "fp32", 1).kept == 112
+
+
+def test_against_a_count_of_what_runs():
+    """SSAST's baseline runs what the cost model says, and embeds the masked tokens too."""
+    case = Case("ssast_patch_tiny", "plain", "fp32", 1, frames=128)
+    config = case.config()
+    model = plain.SSAST(frames=128, width=config.width, depth=config.depth, heads=config.heads)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(1, 128, 128), visible_tokens(1, 64, case.kept))
+    masked = case.num_tokens - case.kept
+    extra = 2 * masked * 256 * config.width  # masked tokens are embedded, then replaced
+    logits = 2 * masked * masked * 256  # InfoNCE is no part of the cost model
+    assert counter.get_total_flops() == pytest.approx(case.cost().flops + extra + logits, rel=1e-9)

@@ -1,0 +1,91 @@
+"""Error budgets taken from data.
+
+An op, plain PyTorch in the same dtype ("eager") and plain PyTorch in float64 ("exact") see the same inputs,
+already rounded to the dtype under test. The op's error may be twice eager's plus one rounding band of the
+dtype. Outputs and every gradient are judged, each by name; NaN never passes.
+
+The error of a tensor is its largest. Of a result with few values (a loss, one number per head) that would be
+a matter of luck, so it is the root mean square over draws of the inputs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+FEW = 32  # values; the chance that the RMS of 32 equally good errors is twice that of 32 others is below 1e-3
+
+
+def evaluate(
+    function: Callable[..., Tensor],
+    tensors: Mapping[str, Tensor | None],
+    wrt: Sequence[str] = (),
+    cotangent: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """``{"output": ..., "grad of NAME": ...}`` of ``function(**tensors)``; `wrt` names the leaves."""
+    leaves = {
+        name: tensor if tensor is None else tensor.detach().requires_grad_(name in wrt)
+        for name, tensor in tensors.items()
+    }
+    output = function(**leaves)
+    results = {"output": output.detach()}
+    if wrt:
+        cotangent = torch.ones_like(output) if cotangent is None else cotangent.to(output.dtype)
+        grads = torch.autograd.grad(output, [leaves[name] for name in wrt], cotangent)
+        results |= {f"grad of {name}": grad for name, grad in zip(wrt, grads, strict=True)}
+    return results
+
+
+def to_exact(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The same values in float64."""
+    return {
+        name: tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def assert_within_budget(
+    op: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    draw: Callable[[int], Mapping[str, Tensor | None]],
+    wrt: Sequence[str] = (),
+) -> None:
+    """Judge ``op(**draw(seed))`` and its gradients; ``reference(..., upcast=...)`` is eager and exact."""
+    triples = []
+    draws = 1
+    while len(triples) < draws:
+        tensors = draw(len(triples))
+        with torch.no_grad():
+            output = op(**tensors)
+        cotangent = torch.randn(output.shape, dtype=torch.float64, device=output.device).to(output.dtype)
+        actual = evaluate(op, tensors, wrt, cotangent)
+        eager = evaluate(lambda **t: reference(**t, upcast=False), tensors, wrt, cotangent)
+        exact = evaluate(lambda **t: reference(**t, upcast=True), to_exact(tensors), wrt, cotangent)
+        triples.append((actual, eager, exact))
+        draws = max((-(-FEW // value.numel()) for value in actual.values() if value.numel()), default=1)
+    compare(*zip(*triples, strict=True))
+
+
+def compare(
+    actual: Sequence[Mapping[str, Tensor]],
+    eager: Sequence[Mapping[str, Tensor]],
+    exact: Sequence[Mapping[str, Tensor]],
+) -> None:
+    """Raise AssertionError unless each result is within its budget, over all draws."""
+    over = []
+    for name, value in actual[0].items():
+        shape, expected = tuple(value.shape), tuple(exact[0][name].shape)
+        assert shape == expected, f"{name}: shape {shape}, not {expected}"
+        truth = torch.stack([draw[name] for draw in exact])
+        error = _size(torch.stack([draw[name] for draw in actual]).double() - truth)
+        eager_error = _size(torch.stack([draw[name] for draw in eager]).double() - truth)
+        budget = 2 * eager_error + torch.finfo(value.dtype).eps * _size(truth)
+        if not error <= budget:  # NaN compares false
+            over.append(f"{name}: error {error:.3g}, eager error {eager_error:.3g}, budget {budget:.3g}")
+    assert not over, "; ".join(over)
+
+
+def _size(draws: Tensor) -> float:
+    if draws.numel() == 0:
+        return 0.0
+    return (draws.square().mean().sqrt() if draws[0].numel() < FEW else draws.abs().max()).item()
