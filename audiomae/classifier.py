@@ -1,7 +1,7 @@
 """Fine-tuning: a pre-trained encoder, mean pooling and a linear head.
 
-Huang et al. 2022, section 3.4: the decoder is dropped, and in training whole time steps and frequency bands are
-masked instead of single patches. Shapes as in `model.py`.
+Huang et al. 2022, section 3.4: the decoder is dropped, and in training whole time steps and frequency bands
+are masked instead of single patches. Shapes as in `model.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Classifier(SpectrogramModel):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Mask:
-        """Structured masking with the configured `mask_time` and `mask_frequency`; one of them must be set."""
+        """Structured masking with `mask_time` and `mask_frequency`; one of them must be set."""
         c = self.config
         grid, common = c.grid(frames), {"generator": generator, "device": device}
         if not c.mask_frequency:
@@ -79,7 +79,9 @@ class Classifier(SpectrogramModel):
             mask = self.draw_mask(batch, frames, device=spectrogram.device)
         tokens = self.encode(spectrogram, mask, lengths)[:, c.prefix_tokens :]
         logits = self.head(self.fc_norm(tokens.mean(dim=1)))
-        out = Output(logits=logits) if labels is None else Output(loss=self.loss(logits, labels), logits=logits)
+        out = (
+            Output(logits=logits) if labels is None else Output(loss=self.loss(logits, labels), logits=logits)
+        )
         if mask is not None:
             out["mask"] = mask
         return out

@@ -34,7 +34,9 @@ def _one_of(name: str, value: Any, allowed: tuple) -> None:
 def _check_pair(name: str, value: Any, optional: bool = False) -> None:
     if value is None and optional:
         return
-    if not (isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, int) and v > 0 for v in value)):
+    if not (
+        isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, int) and v > 0 for v in value)
+    ):
         raise ValueError(f"{name} must be a pair of positive integers (time, frequency), got {value!r}")
 
 
@@ -129,8 +131,8 @@ class MAEConfig(EncoderConfig):
     """Masked autoencoder: Audio-MAE (Huang et al. 2022) or MAE-AST (Baade et al. 2022).
 
     Attributes:
-        decoder: "window" (Audio-MAE's shifted local attention), "global", "hybrid" (the paper's: local blocks,
-            then `global_blocks` global ones), or "none" (an encoder alone).
+        decoder: "window" (Audio-MAE's shifted local attention), "global", "hybrid" (the paper's: local
+            blocks, then `global_blocks` global ones), or "none" (an encoder alone).
         decoder_width, decoder_depth, decoder_heads: of the decoder; depth None means the published 16, 8, 12.
         window, window_shift: tokens (time, frequency); every second window block is shifted.
         bias_dropout: dropout inside the MLP that makes the window's position bias; published: 0.1.
@@ -165,9 +167,13 @@ class MAEConfig(EncoderConfig):
                 f"got {self.decoder_width}"
             )
         if not all(0 <= s < w for s, w in zip(self.window_shift, self.window, strict=True)):
-            raise ValueError(f"window_shift must lie inside the window {self.window}, got {self.window_shift}")
+            raise ValueError(
+                f"window_shift must lie inside the window {self.window}, got {self.window_shift}"
+            )
         if self.reconstruction_weight <= 0 and self.info_nce_weight <= 0:
-            raise ValueError("reconstruction_weight and info_nce_weight are both 0: there is nothing to train")
+            raise ValueError(
+                "reconstruction_weight and info_nce_weight are both 0: there is nothing to train"
+            )
         if self.decoder == "hybrid" and not 0 < self.global_blocks < self.num_decoder_blocks:
             raise ValueError(
                 f"a hybrid decoder needs local and global blocks: global_blocks={self.global_blocks} "
@@ -259,7 +265,8 @@ _MAE_AST = {
 
 MODELS: dict[str, MAEConfig | SSASTConfig] = {
     **{
-        f"audiomae_{size}": MAEConfig(family="audiomae", **_SIZES[size]) for size in ("small", "base", "large")
+        f"audiomae_{size}": MAEConfig(family="audiomae", **_SIZES[size])
+        for size in ("small", "base", "large")
     },
     "mae_ast_patch_base": MAEConfig(**_MAE_AST, masking="chunk"),
     "mae_ast_frame_base": MAEConfig(**_MAE_AST, patch=(2, 128)),
@@ -311,7 +318,9 @@ def from_dict(data: dict[str, Any]) -> Config:
     types = {c.__name__: c for c in (MAEConfig, SSASTConfig, ClassifierConfig)}
     fields = {key: _tupled(value) for key, value in data.items() if key != "type"}
     if data.get("type") not in types:
-        raise ValueError(f"the configuration's type must be one of {', '.join(types)}, got {data.get('type')!r}")
+        raise ValueError(
+            f"the configuration's type must be one of {', '.join(types)}, got {data.get('type')!r}"
+        )
     config = types[data["type"]]
     known = {f.name for f in dataclasses.fields(config)}
     if unknown := sorted(set(fields) - known):

@@ -45,9 +45,10 @@ def create_classifier(
         name: one of `list_models()`.
         num_classes: outputs of the head.
         frames: length of the clips.
-        pretrained: path or hub id of the weights to start from (`load`); their encoder and positions are taken,
-            head and fc_norm start fresh. Without it positions are on the right grid ("grid").
-        overrides: fields of `ClassifierConfig`, for example `drop_path=0.1, mask_time=0.2, mask_frequency=0.2`.
+        pretrained: path or hub id of the weights to start from (`load`); their encoder and positions are
+            taken, head and fc_norm start fresh. Without it positions are on the right grid ("grid").
+        overrides: fields of `ClassifierConfig`, for example
+            `drop_path=0.1, mask_time=0.2, mask_frequency=0.2`.
 
     Raises:
         ValueError: an unknown name or field, or pre-trained weights of another architecture.

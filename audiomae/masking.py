@@ -48,7 +48,7 @@ class Mask:
             raise TypeError(f"ids_keep must be an int64 tensor of token ids, got {given}")
         if ids_keep.ndim != 2 or ids_keep.shape[0] == 0 or not 1 <= ids_keep.shape[1] <= num_tokens:
             raise ValueError(
-                f"ids_keep must have shape (B, K) with B >= 1 and 1 <= K <= {num_tokens} (the number of tokens), "
+                f"ids_keep must have shape (B, K) with B >= 1 and 1 <= K <= {num_tokens}, the number of tokens; "
                 f"got {tuple(ids_keep.shape)}"
             )
         low, high = ids_keep.aminmax()
@@ -273,7 +273,7 @@ class Mask:
 
     @staticmethod
     def _upstream_flags(cells: Tensor, num_tokens: int, ratio: float) -> Tensor:
-        """As published: whole shapes until *more* than enough is covered, then the highest ids are dropped."""
+        """As published: whole shapes until *more* than enough is covered, then without the highest ids."""
         num_masked = _num_masked(num_tokens, ratio)
         first = _first_covered(cells, num_tokens)
         enough = first.sort(dim=1).values[:, min(num_masked, num_tokens - 1), None]
@@ -392,7 +392,7 @@ def _squares(start: Tensor, size: Tensor, grid: Grid) -> Tensor:
 
 
 def _square_cells(start: Tensor, size: Tensor, row: int) -> Tensor:
-    """(B, S, 25) ids start + row * i + j without a look at the edges; far too large where not in the square."""
+    """(B, S, 25) ids start + row * i + j, edges ignored; far too large where not in the square."""
     i, j = _offsets(start.device)
     return torch.where((i < size) & (j < size), start[:, :, None] + row * i + j, torch.iinfo(torch.int64).max)
 

@@ -450,7 +450,9 @@ class SpectrogramModel(nn.Module, PretrainedMixin):
         if mask is not None:
             check_mask(mask, spectrogram, self.config)
         if layers is not None and not all(1 <= layer <= self.config.depth for layer in layers):
-            raise ValueError(f"layers must be block numbers from 1 to {self.config.depth}, got {list(layers)}")
+            raise ValueError(
+                f"layers must be block numbers from 1 to {self.config.depth}, got {list(layers)}"
+            )
         ids_keep = None if mask is None else mask.ids_keep
         return self.encoder(self.spectrogram_norm(spectrogram), ids_keep, layers)
 
@@ -505,7 +507,9 @@ class MaskedAutoencoder(SpectrogramModel):
             ValueError: the input or the mask does not fit the model.
         """
         if self.config.decoder == "none":
-            raise ValueError("this model is an encoder without a decoder: use encode(), or create one with a decoder")
+            raise ValueError(
+                "this model is an encoder without a decoder: use encode(), or create one with a decoder"
+            )
         spectrogram = check_spectrogram(spectrogram, lengths, self.encoder)
         if mask is None:
             mask = self.draw_mask(spectrogram.shape[0], spectrogram.shape[1], device=spectrogram.device)
@@ -544,7 +548,9 @@ def check_spectrogram(spectrogram: Tensor, lengths: Tensor | None, encoder: Enco
     if spectrogram.ndim == 4 and shape[1] == 1:
         spectrogram = spectrogram[:, 0]
     if spectrogram.ndim != 3:
-        raise ValueError(f"the spectrogram must be (B, T, {c.mel_bins}) or (B, 1, T, {c.mel_bins}), got {shape}")
+        raise ValueError(
+            f"the spectrogram must be (B, T, {c.mel_bins}) or (B, 1, T, {c.mel_bins}), got {shape}"
+        )
     batch, frames, mel_bins = spectrogram.shape
     if not spectrogram.is_floating_point():
         raise ValueError(f"the spectrogram must be a float tensor, got {spectrogram.dtype}")
@@ -564,7 +570,9 @@ def check_spectrogram(spectrogram: Tensor, lengths: Tensor | None, encoder: Enco
             "cut the clip, or create the model with a larger frames="
         )
     if lengths is not None and (lengths.shape != (batch,) or lengths.is_floating_point()):
-        raise ValueError(f"lengths must hold one integer for each of {batch} clips, got {lengths.dtype} {tuple(lengths.shape)}")
+        raise ValueError(
+            f"lengths must hold one integer for each of {batch} clips, got {lengths.dtype} {tuple(lengths.shape)}"
+        )
     return spectrogram
 
 

@@ -338,7 +338,9 @@ def position_layout(table: Tensor, grid: tuple[int, int]) -> str:
     for layout in ("transposed", "grid"):
         fresh = sincos_2d(table.shape[2], grid, transposed=layout == "transposed")
         # The published code rounds angles to float32 on the way.
-        if fresh.shape == table[0, 1:].shape and torch.allclose(table[0, 1:].float(), fresh, rtol=0, atol=1e-4):
+        if fresh.shape == table[0, 1:].shape and torch.allclose(
+            table[0, 1:].float(), fresh, rtol=0, atol=1e-4
+        ):
             return layout
     return "unknown"
 
@@ -396,7 +398,9 @@ def _check_sinusoids(extras: State) -> None:
         if name.endswith("_sine_pos_embed.pe"):
             head = table[0, :512].float()
             if not torch.allclose(head, sinusoids_1d(head.shape[1], head.shape[0]), rtol=0, atol=1e-4):
-                raise ValueError(f"{name} does not hold the published sinusoids: this model would read it wrongly")
+                raise ValueError(
+                    f"{name} does not hold the published sinusoids: this model would read it wrongly"
+                )
 
 
 _CONTAINERS = ("model", "state_dict", "model_state_dict")
@@ -453,7 +457,9 @@ def read_checkpoint(path: Path) -> State:
             data = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).split("\n\n")[0].replace("\n", " ")
-        raise ValueError(f"{path} could not be read as a checkpoint of tensors and plain data: {reason}") from error
+        raise ValueError(
+            f"{path} could not be read as a checkpoint of tensors and plain data: {reason}"
+        ) from error
     for key in _CONTAINERS:
         if isinstance(data, dict) and isinstance(data.get(key), dict):
             data = data[key]

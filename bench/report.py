@@ -198,7 +198,8 @@ def ceilings_table(records: Sequence[dict]) -> str:
         ]
         for dtype, s in best.items()
     ]
-    lines.append(["memory copy", *(f"{quantile(copies, q) / 1e9:.1f}" for q in (0, 0.5, 1)), "GB/s"])
+    if copies:
+        lines.append(["memory copy", *(f"{quantile(copies, q) / 1e9:.1f}" for q in (0, 0.5, 1)), "GB/s"])
     return markdown(["ceiling", "lowest", "median", "highest", "unit"], lines)
 
 
@@ -237,7 +238,8 @@ def text(records: Sequence[dict]) -> str:
             "## System: ours against plain PyTorch with SDPA",
             ratios_table(ratios, providers=True),
         ]
-    sections += ["## Ceilings of this machine, in this run", ceilings_table(records)]
+    if any(record["metric"].endswith("_ceiling") for record in records):
+        sections += ["## Ceilings of this machine, in this run", ceilings_table(records)]
     return "\n\n".join(sections) + "\n"
 
 

@@ -152,8 +152,9 @@ class AudioMAE(nn.Module):
         self.decoder_embed = nn.Linear(width, decoder_width)
         self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_width) * 0.02)
         if decoder == "window":
+            shift = 2 if grid[0] > 4 else 0  # a single window has nothing to shift
             self.decoder_blocks = nn.ModuleList(
-                WindowBlock(decoder_width, decoder_heads, grid, 4, 2 * (i % 2), dropout)
+                WindowBlock(decoder_width, decoder_heads, grid, 4, shift * (i % 2), dropout)
                 for i in range(decoder_depth)
             )
         elif decoder == "global":

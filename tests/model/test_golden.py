@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_values import arr, fill_weights, gradient_errors, is_fixed, keep_smallest, load_golden
-from golden_values import permutations, ssast_ids, uni
+from golden_values import (
+    arr,
+    fill_weights,
+    gradient_errors,
+    is_fixed,
+    keep_smallest,
+    load_golden,
+    permutations,
+    ssast_ids,
+    uni,
+)
 
 import audiomae
 from audiomae.model import sincos_2d, sinusoids_1d
@@ -36,7 +45,7 @@ def state_dict(golden, dtype=torch.float64):
 
 
 def close(actual, expected, rtol):
-    """Relative to the largest expected value, as an output's small entries carry the error of its large ones."""
+    """Relative to the largest expected value: small entries carry the error of large ones."""
     expected = torch.as_tensor(np.asarray(expected)).double()
     actual = actual.detach().double()
     assert actual.shape == expected.shape
@@ -124,7 +133,7 @@ def test_ssast(dtype, passes):
     close(out.loss, golden["nce"] + 10 * golden["mse"], rtol)
     target = F.unfold(spectrogram[:, None], 16, stride=16).transpose(1, 2)
     target = target[torch.arange(2)[:, None], mask.ids_masked]
-    # Upstream's accuracy: softmax over the predictions of a target, then the best *target* of each prediction.
+    # Upstream's accuracy: softmax over a target's predictions, then the best *target* of each prediction.
     share = (target @ out.pred_info_nce.transpose(1, 2)).softmax(dim=2)
     close((share.argmax(dim=1) == torch.arange(400)).double().mean(), golden["acc"], 1e-6)
     out.loss.backward()

@@ -1,0 +1,7 @@
+"""`python -m audiomae` is the command `audiomae`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

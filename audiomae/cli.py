@@ -1,0 +1,259 @@
+"""The command line: `audiomae doctor | embed | convert | verify`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from audiomae_kernels import OPS, _native, implementations
+
+from .classifier import Classifier
+from .config import list_models
+from .create import create_model, load
+from .data import load_batch, recordings
+from .model import MaskedAutoencoder, Output, SpectrogramModel
+from .upstream import load_upstream, position_layout
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; errors that a user can mend are printed as one sentence. Returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"audiomae {options.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="audiomae", description="Masked-autoencoder pre-training on audio spectrograms."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser(
+        "doctor", help="what this machine has, and which implementation serves each op"
+    )
+    doctor.set_defaults(run=_doctor)
+
+    embed = commands.add_parser("embed", help="clip embeddings of audio files")
+    embed.add_argument("files", nargs="+", type=Path, metavar="FILE", help="WAV, FLAC, OGG or MP3")
+    embed.add_argument(
+        "--model", required=True, help="a path, a hub id, or a name: " + ", ".join(list_models())
+    )
+    embed.add_argument("--out", type=Path, default=Path("embeddings.npz"), help="default: %(default)s")
+    embed.add_argument(
+        "--batch-size", type=_positive, default=8, help="clips at a time; default: %(default)s"
+    )
+    embed.add_argument("--device", default="cpu", help="default: %(default)s")
+    _add_overrides(embed)
+    embed.set_defaults(run=_embed)
+
+    convert = commands.add_parser("convert", help="a published checkpoint to safetensors and config.json")
+    convert.add_argument("input", type=Path, metavar="IN", help=".pth, .pt, .bin or .safetensors")
+    convert.add_argument("output", type=Path, metavar="OUT", help="folder to write")
+    _add_overrides(convert)
+    convert.set_defaults(run=_convert)
+
+    verify = commands.add_parser("verify", help="what a checkpoint is, and whether it works")
+    verify.add_argument("checkpoint", help="a published file, or a folder or hub id of ours")
+    _add_overrides(verify)
+    verify.set_defaults(run=_verify)
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what a published checkpoint's tensors cannot say")
+    group.add_argument("--tokens", choices=("patch", "frame"), help="which MAE-AST this is")
+    group.add_argument("--num-heads", type=_positive, help="attention heads (default: of 64 channels each)")
+    group.add_argument(
+        "--stride", type=_positive, nargs=2, metavar=("TIME", "FREQUENCY"), help="of overlapping patches"
+    )
+    group.add_argument(
+        "--raw-target",
+        action="store_true",
+        help="Audio-MAE trained without normalised targets (norm_pix_loss)",
+    )
+
+
+def _overrides(options: argparse.Namespace) -> dict[str, Any]:
+    given = {"tokens": options.tokens, "num_heads": options.num_heads}
+    if options.stride:
+        given["stride"] = tuple(options.stride)
+    if options.raw_target:
+        given["normalize_target"] = False
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+# -- doctor --------------------------------------------------------------------------------------------------
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    print("Versions")
+    print(f"  {'python':<12} {platform.python_version()} on {platform.platform()}")
+    for package in ("audiomae", "torch", "triton", "torchaudio", "soundfile", "numpy", "safetensors"):
+        print(f"  {package:<12} {_version(package)}")
+    print("Devices")
+    print(
+        f"  cpu          {torch.get_num_threads()} of {os.cpu_count()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
+    for name, state in _accelerators():
+        print(f"  {name:<12} {state}")
+    print("Native library")
+    print(f"  {_native.why_not() or _native.LIBRARY}")
+    for tier, chosen, reason in _native.cpu_tiers():
+        print(f"  {'*' if chosen else ' '} {tier:<10} {reason}".rstrip())
+    for device in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
+        print(f"Ops on {device} (* serves float32)")
+        for op in OPS:
+            for served in implementations(op, device):
+                print(
+                    f"  {'*' if served.chosen else ' '} {op:<17} {served.name:<10} {served.reason or 'available'}"
+                )
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _accelerators() -> list[tuple[str, str]]:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return [("cuda", "this build of torch has no GPU support")]
+    if not torch.cuda.is_available():
+        return [("cuda", "no usable GPU: " + _why_no_gpu())]
+    found = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        memory = properties.total_memory / 2**30
+        found.append(
+            (f"cuda:{i}", f"{properties.name}, {memory:.0f} GiB, sm_{properties.major}{properties.minor}")
+        )
+    return found
+
+
+def _why_no_gpu() -> str:
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).split("\n")[0]
+    return "torch sees none"
+
+
+# -- embed ---------------------------------------------------------------------------------------------------
+
+
+def _embed(options: argparse.Namespace) -> None:
+    if options.model in list_models():
+        model = create_model(options.model)
+        print(f"{options.model} has random weights: a baseline, not an embedding", file=sys.stderr)
+    else:
+        model = load(options.model, **_overrides(options))
+    if not options.out.parent.is_dir():
+        raise FileNotFoundError(f"the folder {options.out.parent} of --out does not exist")
+    model = model.to(options.device).eval()
+    embeddings = embed_files(model, options.files, options.batch_size)
+    np.savez(options.out, files=np.array([str(file) for file in options.files]), embeddings=embeddings)
+    for file, row in zip(options.files, embeddings, strict=True):
+        print(f"{file}  {row.shape[0]} values, norm {np.linalg.norm(row):.3f}")
+    print(f"wrote {options.out}: embeddings {embeddings.shape}")
+
+
+@torch.inference_mode()
+def embed_files(model: SpectrogramModel, files: Sequence[Path], batch_size: int = 8) -> np.ndarray:
+    """(clips, D) float32: mean over the patch tokens of each file, cut or padded to the model's length."""
+    device = next(model.parameters()).device
+    frontend = model.config.frontend
+    if frontend.frames is None:
+        batch_size = 1  # clips of their own length cannot share a batch
+    rows = []
+    for start in range(0, len(files), batch_size):
+        waveform, lengths = load_batch(files[start : start + batch_size], frontend)
+        spectrogram = frontend(waveform.to(device), lengths.to(device))
+        tokens = model.encode(spectrogram)[:, model.num_prefix_tokens :]
+        rows.append(tokens.mean(dim=1).float().cpu())
+    return torch.cat(rows).numpy()
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------
+
+
+def _convert(options: argparse.Namespace) -> None:
+    model = load_upstream(options.input, **_overrides(options))
+    model.save_pretrained(options.output)
+    kind, carried = model.upstream.kind, len(model.upstream.extras)
+    print(f"{options.input}: {kind}, {_parameters(model)} parameters, {carried} unused tensors carried along")
+    print(f"wrote {options.output}")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    model = load(options.checkpoint, **_overrides(options)).eval()
+    c = model.config
+    kind = model.upstream.kind if model.upstream is not None else type(model).__name__
+    print(f"family            {kind} ({c.width} wide, {c.depth} blocks, {_parameters(model)} parameters)")
+    print(f"tokens            patch {c.patch}, stride {c.step}, grid {c.grid()} of {c.frames} frames")
+    if isinstance(model, MaskedAutoencoder):
+        blocks = f", {c.num_decoder_blocks} blocks of width {c.decoder_width}" if c.decoder != "none" else ""
+        print(f"decoder           {c.decoder}{blocks}")
+    if c.positions in ("transposed", "grid"):
+        print(f"position layout   {position_layout(model.encoder.positions.table, c.grid())}")
+    else:
+        print(f"position layout   {c.positions}")
+    print("missing keys      none")
+    extras = sorted(model.upstream.extras) if model.upstream is not None else []
+    print(f"unexpected keys   {', '.join(extras) or 'none'}")
+    bad = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise ValueError(
+            f"{options.checkpoint}: {len(bad)} tensors hold NaN or infinity, the first is {bad[0]}"
+        )
+    print("weights           finite")
+    for name, value in _trial(model).items():
+        print(f"{name:<17} {value}")
+
+
+@torch.inference_mode()
+def _trial(model: SpectrogramModel) -> dict[str, str]:
+    """What the model makes of a real recording; a ValueError where that is not finite."""
+    recording = recordings()[-1]
+    spectrogram = model.config.frontend(*load_batch([recording], model.config.frontend))
+    limit = model.encoder.positions.max_frames
+    if limit is not None:
+        spectrogram = spectrogram[:, : model.config.frames]
+    if isinstance(model, Classifier):
+        checked: Output | torch.Tensor = model(spectrogram).logits
+        result = {"logits": f"finite, from {checked.min():.3f} to {checked.max():.3f}"}
+    elif isinstance(model, MaskedAutoencoder) and model.config.decoder == "none":
+        checked = model.encode(spectrogram)
+        result = {"embedding": f"finite, of norm {checked.mean(dim=1).norm():.3f}"}
+    else:
+        generator = torch.Generator().manual_seed(0)
+        mask = model.draw_mask(1, spectrogram.shape[1], generator)
+        out = model(spectrogram, mask)
+        checked = torch.stack([out.loss, *out.losses.values()])
+        parts = ", ".join(f"{name} {value:.4f}" for name, value in out.losses.items())
+        result = {"loss": f"finite, {out.loss:.4f} ({parts})"}
+    if not torch.isfinite(checked).all():
+        raise ValueError(f"the model gives NaN or infinity on the recording {recording.name}")
+    return result | {"recording": f"{recording.name}, {spectrogram.shape[1]} frames"}
+
+
+def _parameters(model: torch.nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()):,}"
