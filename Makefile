@@ -1,7 +1,7 @@
 # The front door: every target makes .venv and installs what it needs, once.
 #
 #   PYTHON=python3.12       the interpreter of .venv; without it, one from 3.10 to 3.13 is looked for
-#   TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu   another build of PyTorch than PyPI's
+#   TORCH_INDEX_URL=URL     package index of another build of PyTorch than PyPI's, ROCm's for one
 #   ARGS="-k gather"        more arguments for pytest or the benchmark
 SHELL := /bin/bash
 .DEFAULT_GOAL := help

@@ -101,8 +101,8 @@ def load(source: str | Path, **overrides: Any) -> SpectrogramModel:
     """A model with its weights.
 
     Args:
-        source: a folder written by `save_pretrained`, a published checkpoint (`.pth`, `.pt`, `.bin` or
-            `.safetensors`, see `from_upstream`), or a Hugging Face hub id.
+        source: a folder written by `save_pretrained`, a published checkpoint (`.pth`, `.pt`, `.bin`,
+            `.safetensors`; see `from_upstream`), or a Hugging Face hub id.
         overrides: fields of the configuration to replace; for a published checkpoint those of `from_upstream`.
 
     Raises:

@@ -73,14 +73,14 @@ def sincos_2d(width: int, grid: Grid, transposed: bool = False) -> Tensor:
 
 
 def sinusoids_1d(width: int, tokens: int, device: torch.device | None = None) -> Tensor:
-    """(L, D) positions of Vaswani et al. 2017, sin and cos interleaved, in float32 as MAE-AST computes them."""
+    """(L, D) positions of Vaswani et al. 2017, sin and cos interleaved, in float32 as MAE-AST has them."""
     step = torch.exp(torch.arange(0, width, 2, device=device).float() * (-math.log(10000.0) / width))
     angle = torch.arange(tokens, device=device).float()[:, None] * step
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
 
 
 class Positions(nn.Module):
-    """Position embeddings of the prefix and of a clip's tokens; see `EncoderConfig.positions` for the kinds."""
+    """Position embeddings of the prefix and of a clip's tokens; `EncoderConfig.positions` names the kinds."""
 
     def __init__(self, kind: str, grid: Grid, prefix: int, width: int):
         super().__init__()
@@ -141,7 +141,7 @@ class GlobalAttention(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Cosine attention in shifted windows with a continuous position bias (after Swin v2, as Audio-MAE has it).
+    """Cosine attention in shifted windows with a continuous position bias, Audio-MAE's variant of Swin v2's.
 
     softmax(q.k / clamp(|q||k|, 1e-6) / clamp(tau, 0.01) + bias + shift mask) v, where tau is learned per head
     and the bias comes from an MLP on the log-spaced offset of two tokens.
