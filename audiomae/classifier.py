@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import ClassifierConfig
 from .masking import Mask
-from .model import Output, SpectrogramModel
+from .model import Output, SpectrogramModel, check_spectrogram
 
 
 class Classifier(SpectrogramModel):
@@ -74,10 +74,11 @@ class Classifier(SpectrogramModel):
             ValueError: the input, the mask or the labels do not fit the model.
         """
         c = self.config
+        spectrogram = check_spectrogram(spectrogram, lengths, self.encoder)
         if mask is None and self.training and (c.mask_time or c.mask_frequency):
-            batch, frames = spectrogram.shape[0], spectrogram.shape[-2]
+            batch, frames = spectrogram.shape[:2]
             mask = self.draw_mask(batch, frames, device=spectrogram.device)
-        tokens = self.encode(spectrogram, mask, lengths)[:, c.prefix_tokens :]
+        tokens = self.encode(spectrogram, mask)[:, c.prefix_tokens :]
         logits = self.head(self.fc_norm(tokens.mean(dim=1)))
         out = (
             Output(logits=logits) if labels is None else Output(loss=self.loss(logits, labels), logits=logits)

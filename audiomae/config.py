@@ -31,18 +31,33 @@ def _one_of(name: str, value: Any, allowed: tuple) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def _check_pair(name: str, value: Any, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if not (
-        isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, int) and v > 0 for v in value)
-    ):
-        raise ValueError(f"{name} must be a pair of positive integers (time, frequency), got {value!r}")
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and value >= least
 
 
-def _check_rate(name: str, value: float) -> None:
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name} must lie in [0, 1), got {value}")
+def _check_count(name: str, value: Any) -> None:
+    if not _is_count(value, 1):
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _check_pair(name: str, value: Any, least: int = 1) -> None:
+    if not (isinstance(value, tuple) and len(value) == 2 and all(_is_count(v, least) for v in value)):
+        raise ValueError(
+            f"{name} must be a pair (time, frequency) of integers of at least {least}, got {value!r}"
+        )
+
+
+def _check_rate(name: str, value: Any) -> None:
+    if not (isinstance(value, (int, float)) and 0.0 <= value < 1.0):
+        raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
+
+
+def _check_loss_weights(reconstruction: float, info_nce: float) -> None:
+    if not (reconstruction >= 0 and info_nce >= 0 and reconstruction + info_nce > 0):
+        raise ValueError(
+            "reconstruction_weight and info_nce_weight must not be negative, and one of them not 0, "
+            f"got {reconstruction} and {info_nce}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +112,14 @@ class EncoderConfig:
         _one_of("norm", self.norm, NORMS)
         _one_of("input_norm", self.input_norm, INPUT_NORMS)
         _one_of("impl", self.impl, IMPLEMENTATIONS)
-        for name in ("patch", "stride"):
-            _check_pair(name, getattr(self, name), optional=name == "stride")
+        _one_of("prefix_tokens", self.prefix_tokens, (0, 1, 2))
+        for name in ("frames", "mel_bins", "width", "depth", "heads"):
+            _check_count(name, getattr(self, name))
+        _check_pair("patch", self.patch)
+        _check_pair("stride", self.step)
+        for name in ("mlp_ratio", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("dropout", "attention_dropout", "input_dropout", "layer_drop", "drop_path"):
             _check_rate(name, getattr(self, name))
         if self.width % self.heads or self.width % 4:
@@ -111,7 +132,7 @@ class EncoderConfig:
     @property
     def step(self) -> tuple[int, int]:
         """(frames, mel bins) between neighbouring patches."""
-        return self.stride or self.patch
+        return self.patch if self.stride is None else self.stride
 
     @property
     def patch_values(self) -> int:
@@ -158,21 +179,23 @@ class MAEConfig(EncoderConfig):
     def __post_init__(self):
         super().__post_init__()
         _one_of("decoder", self.decoder, DECODERS)
+        for name in ("decoder_width", "decoder_heads", "global_blocks"):
+            _check_count(name, getattr(self, name))
+        if self.decoder_depth is not None:
+            _check_count("decoder_depth", self.decoder_depth)
         _check_pair("window", self.window)
+        _check_pair("window_shift", self.window_shift, least=0)
         _check_rate("bias_dropout", self.bias_dropout)
         check_ratio(self.masking, self.mask_ratio)
+        _check_loss_weights(self.reconstruction_weight, self.info_nce_weight)
         if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
             raise ValueError(
                 f"decoder_width must be a multiple of 4 and of decoder_heads={self.decoder_heads}, "
                 f"got {self.decoder_width}"
             )
-        if not all(0 <= s < w for s, w in zip(self.window_shift, self.window, strict=True)):
+        if not all(s < w for s, w in zip(self.window_shift, self.window, strict=True)):
             raise ValueError(
                 f"window_shift must lie inside the window {self.window}, got {self.window_shift}"
-            )
-        if self.reconstruction_weight <= 0 and self.info_nce_weight <= 0:
-            raise ValueError(
-                "reconstruction_weight and info_nce_weight are both 0: there is nothing to train"
             )
         if self.decoder == "hybrid" and not 0 < self.global_blocks < self.num_decoder_blocks:
             raise ValueError(
@@ -209,6 +232,7 @@ class SSASTConfig(EncoderConfig):
         super().__post_init__()
         _one_of("passes", self.passes, (1, 2))
         check_ratio(self.masking, self.mask_ratio)
+        _check_loss_weights(self.reconstruction_weight, self.info_nce_weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,8 +251,7 @@ class ClassifierConfig(EncoderConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {self.num_classes}")
+        _check_count("num_classes", self.num_classes)
         for name in ("mask_time", "mask_frequency"):
             _check_rate(name, getattr(self, name))
 
@@ -316,6 +339,8 @@ def from_dict(data: dict[str, Any]) -> Config:
         ValueError: an unknown type or field.
     """
     types = {c.__name__: c for c in (MAEConfig, SSASTConfig, ClassifierConfig)}
+    if not isinstance(data, dict):
+        raise ValueError(f"a configuration must be a mapping, got {data!r:.80}")
     fields = {key: _tupled(value) for key, value in data.items() if key != "type"}
     if data.get("type") not in types:
         raise ValueError(

@@ -14,6 +14,8 @@ from .model import MaskedAutoencoder, SpectrogramModel
 from .pretrained import load_folder
 from .ssast import SSAST
 
+_REGULARISATION = ("dropout", "attention_dropout", "input_dropout", "layer_drop", "drop_path")
+_CHECKPOINTS = (".pth", ".pt", ".bin", ".safetensors")
 _CLASSES = {MAEConfig: MaskedAutoencoder, SSASTConfig: SSAST, ClassifierConfig: Classifier}
 
 
@@ -56,26 +58,28 @@ def create_classifier(
     source = None if pretrained is None else load(pretrained)
     encoder = model_config(name) if source is None else source.config
     if source is not None:
-        _check_same_architecture(model_config(name), encoder, pretrained)
+        _check_same_architecture(model_config(name), overrides, encoder, pretrained)
     fields = {f.name: getattr(encoder, f.name) for f in dataclasses.fields(EncoderConfig)}
     # Audio-MAE pools before its norm, SSAST after it. Pre-training's dropout is not fine-tuning's.
-    fields |= {"final_norm": encoder.family == "ssast"}
+    fields |= {"final_norm": encoder.family == "ssast", **dict.fromkeys(_REGULARISATION, 0.0)}
     if source is None and fields["positions"] == "transposed":
         fields["positions"] = "grid"
-    config = ClassifierConfig(**fields, num_classes=num_classes)
-    config = replace(config, frames=frames, frontend=replace(config.frontend, frames=frames), **overrides)
-    model = Classifier(config)
+    fields |= {"frames": frames, "frontend": replace(encoder.frontend, frames=frames)}
+    model = Classifier(replace(ClassifierConfig(**fields, num_classes=num_classes), **overrides))
     if source is not None:
         _copy_encoder(source, model)
     return model
 
 
-def _check_same_architecture(named: EncoderConfig, found: EncoderConfig, source: object) -> None:
+def _check_same_architecture(
+    named: EncoderConfig, overrides: dict[str, Any], found: EncoderConfig, source: object
+) -> None:
     for key in ("family", "width", "depth", "heads", "mel_bins", "patch"):
-        if getattr(named, key) != getattr(found, key):
+        wanted = overrides.get(key, getattr(named, key))
+        if getattr(found, key) != wanted:
             raise ValueError(
                 f"the weights in {source} have {key}={getattr(found, key)!r}, "
-                f"but the named model has {getattr(named, key)!r}"
+                f"but the wanted model has {wanted!r}"
             )
 
 
@@ -86,6 +90,11 @@ def _copy_encoder(source: SpectrogramModel, model: Classifier) -> None:
         del state[name]  # the final norm, where pooling comes before it
     if "positions.table" in state:
         wanted, found = model.encoder.positions.grid, source.encoder.positions.grid
+        if wanted[1] != found[1]:
+            raise ValueError(
+                f"the pre-trained positions are for {found[1]} frequency bands of patches, "
+                f"but stride={model.config.step} gives {wanted[1]}"
+            )
         if wanted[0] > found[0]:
             raise ValueError(
                 f"the pre-trained positions reach {source.config.frames} frames, "
@@ -116,7 +125,7 @@ def load(source: str | Path, **overrides: Any) -> SpectrogramModel:
         return load_folder(path, overrides)
     if path.is_file():
         return load_upstream(path, **overrides)
-    if path.suffix or path.is_absolute() or str(source).count("/") != 1:
+    if path.suffix in _CHECKPOINTS or path.is_absolute() or str(source).count("/") != 1:
         raise FileNotFoundError(
             f"there is no file or folder {source}; a hub id looks like owner/name, "
             "and list_models() names the untrained models for create_model()"

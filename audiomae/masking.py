@@ -184,8 +184,8 @@ class Mask:
         the highest bands (Gong et al. 2022, section 2.2, and its code).
         """
         frames, bands = grid
-        size = torch.randint(3, 6, (batch, 1, 1), generator=generator, device=_device(generator, device))
         start = _starts(batch, frames * bands, generator, device)
+        size = torch.randint(3, 6, (batch, 1, 1), generator=generator, device=start.device)
         if not upstream:
             return cls._grown(_squares(start, size, grid), grid, ratio)
         # Upstream numbers tokens frequency-major: f * T' + t.
@@ -213,9 +213,9 @@ class Mask:
         clip.
         """
         frames, bands = grid
-        rows = 1 if upstream else batch
-        size = torch.randint(3, 6, (rows, 1, 1), generator=generator, device=_device(generator, device))
+        rows = min(batch, 1) if upstream else batch
         start = _starts(rows, frames * bands, generator, device)
+        size = torch.randint(3, 6, (rows, 1, 1), generator=generator, device=start.device)
         if not upstream:
             return cls._grown(_squares(start, size, grid), grid, ratio)
         cells = _square_cells(start, size, bands)
@@ -337,9 +337,11 @@ def check_ratio(strategy: str, ratio: float | tuple[float, float]) -> None:
     """Refuses an unknown strategy, and a ratio that leaves nothing to see or nothing to predict."""
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown masking strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
-    if isinstance(ratio, tuple) and strategy != "time_frequency":
-        raise ValueError(f"masking strategy {strategy!r} takes one ratio, got {ratio}")
-    for value in ratio if isinstance(ratio, tuple) else (ratio,):
+    pair = " or a pair (time, frequency)" if strategy == "time_frequency" else ""
+    values = ratio if isinstance(ratio, tuple) else (ratio,)
+    if len(values) not in ((1, 2) if pair else (1,)) or not all(isinstance(v, (int, float)) for v in values):
+        raise ValueError(f"masking strategy {strategy!r} takes one ratio{pair}, got {ratio!r}")
+    for value in values:
         _check_ratio(value)
 
 

@@ -89,7 +89,8 @@ class Positions(nn.Module):
         if kind == "learned":
             self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, prefix + tokens, width), std=0.02))
         elif kind == "flat":  # a formula: nothing to store with the weights
-            self.register_buffer("table", sinusoids_1d(width, tokens)[None], persistent=False)
+            table = torch.cat([torch.zeros(prefix, width), sinusoids_1d(width, tokens)])
+            self.register_buffer("table", table[None], persistent=False)
         else:
             table = sincos_2d(width, grid, transposed=kind == "transposed")
             self.register_buffer("table", torch.cat([torch.zeros(prefix, width), table])[None])
@@ -224,7 +225,9 @@ class Block(nn.Module):
 
 
 def global_block(c: EncoderConfig, width: int, heads: int, drop_path: float = 0.0) -> Block:
-    dropout = DropPath(drop_path) if drop_path else nn.Dropout(c.dropout)
+    dropout = nn.Dropout(c.dropout)
+    if drop_path:
+        dropout = nn.Sequential(dropout, DropPath(drop_path))
     attention = GlobalAttention(width, heads, c.attention_dropout)
     return Block(attention, width, c.mlp_ratio, c.norm, c.norm_eps, dropout)
 
@@ -240,7 +243,8 @@ class SpectrogramNorm(nn.BatchNorm2d):
         self.mode = mode
 
     def forward(self, spectrogram: Tensor) -> Tensor:
-        """(B, T, F) -> (B, T, F)."""
+        """(B, T, F) -> (B, T, F) in the dtype of the statistics."""
+        spectrogram = spectrogram.to(self.running_mean.dtype)
         batch = self.training if self.mode == "auto" else self.mode == "batch"
         running = (self.running_mean, self.running_var)
         if batch and self.training:
@@ -569,15 +573,22 @@ def check_spectrogram(spectrogram: Tensor, lengths: Tensor | None, encoder: Enco
             f"a clip of {frames} frames is longer than the model's positions, which reach {reach}: "
             "cut the clip, or create the model with a larger frames="
         )
-    if lengths is not None and (lengths.shape != (batch,) or lengths.is_floating_point()):
-        raise ValueError(
-            f"lengths must hold one integer for each of {batch} clips, got {lengths.dtype} {tuple(lengths.shape)}"
-        )
+    if lengths is not None:
+        given = torch.as_tensor(lengths)
+        if given.shape != (batch,) or given.is_floating_point():
+            raise ValueError(
+                f"lengths must hold one integer for each of {batch} clips, got {given.dtype} {tuple(given.shape)}"
+            )
     return spectrogram
 
 
 def check_mask(mask: Mask, spectrogram: Tensor, c: EncoderConfig) -> None:
-    """Refuses a mask of another grid, batch or device."""
+    """Refuses what is no mask, and a mask of another grid, batch or device."""
+    if not isinstance(mask, Mask):
+        raise TypeError(
+            f"the mask must be an audiomae.Mask, got {type(mask).__name__}: make one with Mask.from_keep(ids_keep, "
+            "num_tokens)"
+        )
     grid, rows = c.grid(spectrogram.shape[1]), mask.ids_keep.shape[0]
     if mask.num_tokens != grid[0] * grid[1]:
         raise ValueError(

@@ -33,21 +33,34 @@ class PretrainedMixin(ModelHubMixin, library_name="audiomae", tags=["audio", "ma
         (save_directory / CONFIG).write_text(written + "\n")
         state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         save_file(state, save_directory / WEIGHTS, metadata={"format": "pt"})
+        (save_directory / EXTRAS).unlink(missing_ok=True)  # of a model that was here before
         if self.upstream is not None:
-            extras = {name: tensor.contiguous() for name, tensor in self.upstream.extras.items()}
+            # MAE-AST's two tables of positions may be one tensor, which safetensors refuses.
+            extras = {
+                name: tensor.clone(memory_format=torch.contiguous_format)
+                for name, tensor in self.upstream.extras.items()
+            }
             metadata = {"kind": self.upstream.kind, "prefix": self.upstream.prefix}
             save_file(extras, save_directory / EXTRAS, metadata=metadata)
 
     @classmethod
-    def _from_pretrained(
-        cls, *, model_id: str, revision=None, cache_dir=None, force_download=False, local_files_only=False,
+    def from_pretrained(
+        cls, source: str | Path, *, revision=None, cache_dir=None, force_download=False, local_files_only=False,
         token=None, **overrides: Any,
     ) -> SpectrogramModel:  # fmt: skip
-        folder = Path(model_id)
+        """The model in a folder or on the hub, some fields of its configuration replaced.
+
+        The keywords with a default are those of `huggingface_hub.snapshot_download`.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the files are broken, or hold a model of another class.
+        """
+        folder = Path(source)
         if not folder.is_dir():
             folder = Path(
                 snapshot_download(
-                    model_id,
+                    str(source),
                     revision=revision,
                     cache_dir=cache_dir,
                     force_download=force_download,
@@ -58,7 +71,7 @@ class PretrainedMixin(ModelHubMixin, library_name="audiomae", tags=["audio", "ma
             )
         model = load_folder(folder, overrides)
         if not isinstance(model, cls):
-            raise ValueError(f"{model_id} holds a {type(model).__name__}, not a {cls.__name__}")
+            raise ValueError(f"{source} holds a {type(model).__name__}, not a {cls.__name__}")
         return model
 
 
@@ -77,14 +90,19 @@ def load_folder(folder: Path, overrides: dict[str, Any]) -> SpectrogramModel:
             raise FileNotFoundError(f"{folder} has no {name}: it is no folder that save_pretrained wrote")
     try:
         config = configs.from_dict(json.loads((folder / CONFIG).read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} is no model configuration: {error}") from error
+    state = read_safetensors(folder / WEIGHTS)
     model = build(configs.replace(config, **overrides))
-    load_weights(model, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
+    model.to(next((t.dtype for t in state.values() if t.is_floating_point()), None))
+    load_weights(model, state, folder / WEIGHTS)
     if (folder / EXTRAS).is_file():
+        extras = read_safetensors(folder / EXTRAS)
         with safe_open(folder / EXTRAS, "pt") as file:
-            metadata = file.metadata()
-        model.upstream = Upstream(metadata["kind"], metadata["prefix"], read_safetensors(folder / EXTRAS))
+            metadata = file.metadata() or {}
+        if not {"kind", "prefix"} <= set(metadata):
+            raise ValueError(f"{folder / EXTRAS} does not say which published checkpoint it belongs to")
+        model.upstream = Upstream(metadata["kind"], metadata["prefix"], extras)
     return model
 
 

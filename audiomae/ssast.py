@@ -31,7 +31,8 @@ class SSAST(SpectrogramModel):
             if isinstance(module, nn.Linear) and module is not self.encoder.patch_embed:
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.encoder.prefix, std=0.02)
+        if self.encoder.prefix is not None:
+            nn.init.trunc_normal_(self.encoder.prefix, std=0.02)
         nn.init.xavier_normal_(self.mask_token)
 
     @staticmethod
@@ -70,6 +71,7 @@ class SSAST(SpectrogramModel):
         for drawn in masks:
             check_mask(drawn, spectrogram, c)
 
+        spectrogram = self.spectrogram_norm(spectrogram)
         hidden = [self._masked_hidden(spectrogram, drawn) for drawn in masks]
         mask = masks[-1]
         pred_info_nce, pred = self.info_nce_head(hidden[0]), self.reconstruction_head(hidden[-1])

@@ -10,10 +10,8 @@ frequency-major and reads patches as (mel, time): its kernels, patch outputs and
 
 from __future__ import annotations
 
-import argparse
-import collections
-import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +29,7 @@ from .ssast import SSAST
 State = dict[str, Tensor]
 
 AUDIOMAE, AUDIOMAE_ENCODER, AUDIOMAE_FINETUNED = "Audio-MAE", "Audio-MAE encoder", "Audio-MAE fine-tuned"
+AUDIOMAE_POOLED = "Audio-MAE encoder with pooling"  # timm's classifier without its head
 SSAST_KIND, MAE_AST_KIND = "SSAST", "MAE-AST"
 
 # A key (or the start of keys) that only this kind has; the first that fits names it.
@@ -222,15 +221,28 @@ def from_upstream(state_dict: State, **overrides: Any) -> MaskedAutoencoder | SS
             heads of 64), and any other field of the configuration.
 
     Returns:
-        The model, in the dtype of the tensors, on the CPU. `model.upstream` carries what it had no use for.
+        The model, in the dtype of the tensors, on the CPU, sharing no memory with them. `model.upstream` carries
+        what it had no use for. An encoder that timm saved with `fc_norm` and no head becomes a classifier whose
+        head is the identity: its logits are timm's pooled features.
 
     Raises:
-        ValueError: no known kind of checkpoint, missing tensors, or tensors of the wrong shape.
+        ValueError: no known kind of checkpoint, missing tensors, tensors of the wrong shape or type, or
+            overrides that do not fit.
     """
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"a state dict maps names to tensors, but {name!r} is mapped to a {type(tensor).__name__}"
+            )
     prefix = "module." if state_dict and all(name.startswith("module.") for name in state_dict) else ""
     state = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
     kind = recognize(state)
+    if "tokens" in overrides and kind != MAE_AST_KIND:
+        raise ValueError(f"tokens= tells MAE-AST's models apart, and this is a checkpoint of {kind}")
+    given = state
     try:
+        if kind == AUDIOMAE_POOLED:
+            state = state | _identity_head(state["fc_norm.weight"])
         config = _infer_config(kind, state, dict(overrides))
     except KeyError as error:
         raise ValueError(f"this looks like a checkpoint of {kind}, but {error.args[0]} is missing") from None
@@ -240,13 +252,15 @@ def from_upstream(state_dict: State, **overrides: Any) -> MaskedAutoencoder | SS
         raise ValueError(
             f"this looks like a checkpoint of {kind}, but {len(missing)} tensors are missing: {_listed(missing)}"
         )
-    model = _build(config).to(next(t.dtype for t in state.values() if t.is_floating_point()))
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    ours = {rule.ours: _decoded(rule, state, shapes[rule.ours]) for rule in rules}
-    model.load_state_dict(ours, assign=True)  # each tensor keeps its own dtype
+    with torch.device("meta"):  # shapes first: nothing is allocated before everything fits
+        expected = _build(config).state_dict()
+    _check_covered(rules, expected, kind)
+    ours = {rule.ours: _decoded(rule, state, expected[rule.ours]) for rule in rules}
     used = {name for rule in rules for name in rule.theirs}
-    extras = {name: tensor for name, tensor in state.items() if name not in used}
+    extras = {name: tensor.detach().clone() for name, tensor in given.items() if name not in used}
     _check_sinusoids(extras)
+    model = _build(config).to(ours["encoder.patch_embed.weight"].dtype)
+    model.load_state_dict(ours, assign=True)  # each tensor keeps its own dtype
     model.upstream = Upstream(kind, prefix, extras)
     return model
 
@@ -259,23 +273,49 @@ def recognize(state: State) -> str:
     """
     for mark, kind in _KINDS.items():
         if any(name.startswith(mark) for name in state):
-            return kind
+            headless = kind == AUDIOMAE_FINETUNED and not any(name.startswith("head.") for name in state)
+            return AUDIOMAE_POOLED if headless else kind
     raise ValueError(
         f"this state dict matches no known model. None of its {len(state)} keys ({_listed(list(state))}) starts "
         f"like {', '.join(f'{mark}* ({kind})' for mark, kind in _KINDS.items())}"
     )
 
 
-def _decoded(rule: Rule, state: State, shape: torch.Size) -> Tensor:
+def _decoded(rule: Rule, state: State, expected: Tensor) -> Tensor:
+    """The rule's tensor out of upstream's, if it has the shape of `expected` and is float where that is."""
     given = [state[name] for name in rule.theirs]
     try:
-        tensor = rule.decode(given)
+        tensor = rule.decode([t.detach() for t in given])
     except (RuntimeError, IndexError):
         tensor = None
-    if tensor is None or tensor.shape != shape:
+    if tensor is None or tensor.shape != expected.shape:
         shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(rule.theirs, given, strict=True))
-        raise ValueError(f"wrong shape: {shapes} cannot become our {rule.ours} of shape {tuple(shape)}")
-    return tensor.detach().clone()
+        raise ValueError(
+            f"wrong shape: {shapes} cannot become our {rule.ours} of shape {tuple(expected.shape)}"
+        )
+    if tensor.layout != torch.strided or tensor.is_floating_point() != expected.is_floating_point():
+        wanted = "float" if expected.is_floating_point() else "integer"
+        raise ValueError(
+            f"wrong type: {', '.join(rule.theirs)} should be a dense {wanted} tensor, got {tensor.dtype}"
+        )
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _identity_head(fc_norm: Tensor) -> State:
+    """A head that returns what `fc_norm` (D,) gives."""
+    size = fc_norm.numel()
+    return {"head.weight": torch.eye(size).to(fc_norm), "head.bias": torch.zeros(size).to(fc_norm)}
+
+
+def _check_covered(rules: list[Rule], ours: State, kind: str) -> None:
+    """Refuses a model whose tensors are not exactly those that `kind` has names for."""
+    names = {rule.ours for rule in rules}
+    if names != set(ours):
+        odd = sorted(names.symmetric_difference(ours))
+        raise ValueError(
+            f"the configuration is not that of a published {kind} model: "
+            f"{_listed(odd)} would be without a counterpart"
+        )
 
 
 def _build(config: Config) -> SpectrogramModel:
@@ -286,8 +326,14 @@ def _build(config: Config) -> SpectrogramModel:
 
 def _depth(state: State, prefix: str) -> int:
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
-    numbers = [int(m.group(1)) for name in state if (m := pattern.match(name))]
-    return max(numbers, default=-1) + 1
+    return len({m.group(1) for name in state if (m := pattern.match(name))})
+
+
+def _shape(state: State, name: str, dims: int) -> torch.Size:
+    shape = state[name].shape
+    if len(shape) != dims or not all(shape):
+        raise ValueError(f"wrong shape: {name} should have {dims} dimensions and values, got {tuple(shape)}")
+    return shape
 
 
 def _infer_config(kind: str, state: State, overrides: dict[str, Any]) -> Config:
@@ -300,64 +346,63 @@ def _infer_config(kind: str, state: State, overrides: dict[str, Any]) -> Config:
     return _infer_audiomae(kind, state, overrides)
 
 
+def _encoder_sizes(state: State, width: int, blocks: str, hidden: str, overrides: dict[str, Any]) -> dict:
+    """Width, heads, depth and MLP ratio; `hidden` is the MLP's first layer in blocks that start with `blocks`."""
+    if "heads" not in overrides and width % 64:
+        raise ValueError(
+            f"a width of {width} does not divide into heads of 64 channels: say how many heads with num_heads="
+        )
+    mlp = _shape(state, f"{blocks}0.{hidden}", 2)[0]
+    return {"width": width, "heads": width // 64, "depth": _depth(state, blocks), "mlp_ratio": mlp / width}
+
+
 def _infer_audiomae(kind: str, state: State, overrides: dict[str, Any]) -> MAEConfig | ClassifierConfig:
-    width, _, *patch = state["patch_embed.proj.weight"].shape
-    sizes = {
-        "family": "audiomae",
-        "patch": tuple(patch),
-        "width": width,
-        "depth": _depth(state, "blocks."),
-        "heads": width // 64,
-        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
-        "stride": overrides.get("stride"),
-    }
-    table = state["pos_embed"]
-    sizes["frames"] = _frames(table.shape[1] - 1, sizes["patch"], sizes["stride"])
-    if kind == AUDIOMAE_FINETUNED:
-        config = ClassifierConfig(**sizes, num_classes=state["head.weight"].shape[0])
+    width, _, *patch = _shape(state, "patch_embed.proj.weight", 4)
+    sizes = _encoder_sizes(state, width, "blocks.", "mlp.fc1.weight", overrides) | {"patch": tuple(patch)}
+    if kind in (AUDIOMAE_FINETUNED, AUDIOMAE_POOLED):
+        base = ClassifierConfig(family="audiomae", num_classes=_shape(state, "head.weight", 2)[0])
     elif kind == AUDIOMAE_ENCODER:
-        config = MAEConfig(**sizes, decoder="none")
+        base = MAEConfig(family="audiomae", decoder="none")
     else:
+        base = MAEConfig(family="audiomae")
         depth = _depth(state, "decoder_blocks.")
         local = [f"decoder_blocks.{i}.attn.tau" in state for i in range(depth)]
-        decoder = "window" if all(local) else "hybrid" if any(local) else "global"
-        config = MAEConfig(
-            **sizes,
-            decoder=decoder,
-            decoder_width=state["mask_token"].shape[2],
-            decoder_depth=depth,
-            decoder_heads=state["decoder_blocks.0.attn.tau"].shape[0] if any(local) else 16,
-            global_blocks=local.count(False) if decoder == "hybrid" else 4,
-        )
-    layout = position_layout(table, config.grid())
-    return replace(config, **({"positions": layout} if layout in ("transposed", "grid") else {}) | overrides)
+        sizes |= {
+            "decoder": "window" if all(local) else "hybrid" if any(local) else "global",
+            "decoder_width": _shape(state, "mask_token", 3)[2],
+            "decoder_depth": depth,
+        }
+        if any(local):
+            sizes["decoder_heads"] = _shape(state, "decoder_blocks.0.attn.tau", 1)[0]
+        if any(local) and not all(local):
+            sizes["global_blocks"] = local.count(False)
+    positions = _shape(state, "pos_embed", 3)[1] - 1
+    config = _with_frames(replace(base, **sizes | overrides), positions, overrides)
+    layout = position_layout(state["pos_embed"], config.grid())
+    return config if "positions" in overrides or layout == "unknown" else replace(config, positions=layout)
 
 
 def position_layout(table: Tensor, grid: tuple[int, int]) -> str:
     """Which 2-D sin-cos table (1, 1 + L, D) this is: "transposed", "grid", or "unknown" (then used as it is)."""
     for layout in ("transposed", "grid"):
         fresh = sincos_2d(table.shape[2], grid, transposed=layout == "transposed")
-        # The published code rounds angles to float32 on the way.
-        if fresh.shape == table[0, 1:].shape and torch.allclose(
-            table[0, 1:].float(), fresh, rtol=0, atol=1e-4
-        ):
+        if _same_table(table[0, 1:], fresh):
             return layout
     return "unknown"
 
 
+def _same_table(given: Tensor, fresh: Tensor) -> bool:
+    # The published code rounds angles to float32 on the way; the table may be stored in less than that.
+    atol = max(1e-4, torch.finfo(given.dtype).eps) if given.is_floating_point() else 0.0
+    return given.shape == fresh.shape and torch.allclose(given.float(), fresh, rtol=0, atol=atol)
+
+
 def _infer_ssast(state: State, overrides: dict[str, Any]) -> SSASTConfig:
-    width, _, bands, frames = state["v.patch_embed.proj.weight"].shape
-    patch, stride = (frames, bands), overrides.get("stride")
-    config = replace(
-        MODELS["ssast_frame_base" if bands == 128 else "ssast_patch_base"],
-        patch=patch,
-        width=width,
-        heads=width // 64,
-        depth=_depth(state, "v.blocks."),
-        mlp_ratio=state["v.blocks.0.mlp.fc1.weight"].shape[0] / width,
-        frames=_frames(state["v.pos_embed"].shape[1] - 2, patch, stride),
-    )
-    return replace(config, **overrides)
+    width, _, bands, frames = _shape(state, "v.patch_embed.proj.weight", 4)
+    sizes = _encoder_sizes(state, width, "v.blocks.", "mlp.fc1.weight", overrides)
+    base = MODELS["ssast_frame_base" if bands == 128 else "ssast_patch_base"]
+    config = replace(base, **sizes | {"patch": (frames, bands)} | overrides)
+    return _with_frames(config, _shape(state, "v.pos_embed", 3)[1] - 2, overrides)
 
 
 def _infer_mae_ast(state: State, overrides: dict[str, Any]) -> MAEConfig:
@@ -367,37 +412,36 @@ def _infer_mae_ast(state: State, overrides: dict[str, Any]) -> MAEConfig:
             "MAE-AST's patch and frame models have the same keys and shapes: say which this is with "
             f'tokens="patch" or tokens="frame" (got {tokens!r})'
         )
-    width = state["post_extract_proj.weight"].shape[0]
-    config = replace(
-        MODELS[f"mae_ast_{tokens}_base"],
-        width=width,
-        heads=width // 64,
-        depth=_depth(state, "encoder.layers."),
-        mlp_ratio=state["encoder.layers.0.fc1.weight"].shape[0] / width,
-        decoder_width=width,
-        decoder_heads=overrides.get("heads", width // 64),
-        decoder_depth=_depth(state, "decoder.layers."),
-    )
-    return replace(config, **overrides)
+    width = _shape(state, "post_extract_proj.weight", 2)[0]
+    sizes = _encoder_sizes(state, width, "encoder.layers.", "fc1.weight", overrides)
+    sizes |= {
+        "decoder_width": width,
+        "decoder_heads": overrides.get("heads", sizes["heads"]),
+        "decoder_depth": _depth(state, "decoder.layers."),
+    }
+    return replace(MODELS[f"mae_ast_{tokens}_base"], **sizes | overrides)
 
 
-def _frames(tokens: int, patch: tuple[int, int], stride: tuple[int, int] | None) -> int:
-    """Frames of a clip with so many tokens, of 128 mel bins."""
-    step = stride or patch
-    bands = (128 - patch[1]) // step[1] + 1
+def _with_frames(config: Config, tokens: int, overrides: dict[str, Any]) -> Config:
+    """The configuration for clips that have so many tokens; the front end cuts and pads to their length."""
+    bands = config.grid()[1]
     if tokens < bands or tokens % bands:
         raise ValueError(
-            f"{tokens} positions do not divide into {bands} bands of patches {patch} at stride {step}: "
-            "if the patches overlap, pass stride=(time, frequency)"
+            f"{tokens} positions do not divide into {bands} bands of patches {config.patch} at stride "
+            f"{config.step}: if the patches overlap, pass stride=(time, frequency)"
         )
-    return (tokens // bands - 1) * step[0] + patch[0]
+    frames = (tokens // bands - 1) * config.step[0] + config.patch[0]
+    return replace(
+        config, **{"frames": frames, "frontend": replace(config.frontend, frames=frames)} | overrides
+    )
 
 
 def _check_sinusoids(extras: State) -> None:
     for name, table in extras.items():
         if name.endswith("_sine_pos_embed.pe"):
-            head = table[0, :512].float()
-            if not torch.allclose(head, sinusoids_1d(head.shape[1], head.shape[0]), rtol=0, atol=1e-4):
+            _, tokens, width = _shape(extras, name, 3)
+            tokens = min(tokens, 512)
+            if not _same_table(table[:1, :tokens], sinusoids_1d(width, tokens)[None]):
                 raise ValueError(
                     f"{name} does not hold the published sinusoids: this model would read it wrongly"
                 )
@@ -407,33 +451,31 @@ _CONTAINERS = ("model", "state_dict", "model_state_dict")
 
 
 class _Inert:
-    """Stands in for a class of a configuration library that a checkpoint mentions: holds data, does nothing."""
+    """Stands in for an object of the training code that a checkpoint mentions: takes everything, does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
 
+    def __setstate__(self, state: Any) -> None:
+        pass
 
-# What published checkpoints hold besides tensors and plain data: the arguments of the training script.
-_ALLOWED = [
-    argparse.Namespace,
-    collections.defaultdict,
-    *(
-        (_Inert, name)
-        for name in (
-            "omegaconf.dictconfig.DictConfig",
-            "omegaconf.listconfig.ListConfig",
-            "omegaconf.base.ContainerMetadata",
-            "omegaconf.base.Metadata",
-            "omegaconf.nodes.AnyNode",
-            "omegaconf.nodes.BooleanNode",
-            "omegaconf.nodes.EnumNode",
-            "omegaconf.nodes.FloatNode",
-            "omegaconf.nodes.IntegerNode",
-            "omegaconf.nodes.StringNode",
-            "typing.Any",
-        )
-    ),
-]
+
+# What published checkpoints hold besides tensors and plain data, in modules or by name: the arguments of the
+# training script, fairseq's configuration and the types that it mentions, and numbers in its training log.
+_INERT_MODULES = ("argparse.", "pathlib.", "omegaconf.", "fairseq.", "typing.", "numpy.")
+_INERT_NAMES = tuple(
+    f"builtins.{x}" for x in ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple")
+)
+
+
+def _stand_ins(path: Path) -> list[tuple[Callable, str]]:
+    """For `torch.serialization.safe_globals`: what this file may mention, as objects that do nothing."""
+    try:
+        mentioned = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # old format, or broken: torch.load tells
+        mentioned = ["argparse.Namespace"]
+    harmless = [name for name in mentioned if name.startswith(_INERT_MODULES) or name in _INERT_NAMES]
+    return [(_Inert, name) for name in harmless] + [(lambda *factory: {}, "collections.defaultdict")]
 
 
 def read_checkpoint(path: Path) -> State:
@@ -441,8 +483,8 @@ def read_checkpoint(path: Path) -> State:
 
     Args:
         path: `.safetensors`, or a file of `torch.save` (a state dict, or a dict that holds one as "model" or
-            "state_dict"). Besides tensors and plain data only an argparse Namespace and omegaconf containers are
-            let through, the latter as inert objects.
+            "state_dict"). Besides tensors and plain data only what published checkpoints are known to hold is
+            let through (an argparse Namespace, omegaconf containers), as inert objects.
 
     Raises:
         FileNotFoundError: no such file.
@@ -453,19 +495,26 @@ def read_checkpoint(path: Path) -> State:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
-        with torch.serialization.safe_globals(_ALLOWED):
+        with torch.serialization.safe_globals(_stand_ins(path)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols
             data = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).split("\n\n")[0].replace("\n", " ")
-        raise ValueError(
-            f"{path} could not be read as a checkpoint of tensors and plain data: {reason}"
-        ) from error
+    except Exception as error:  # a broken pickle fails in any way
+        raise ValueError(f"{path} is no checkpoint that can be read: {_reason(error)}") from error
     for key in _CONTAINERS:
         if isinstance(data, dict) and isinstance(data.get(key), dict):
             data = data[key]
     if not isinstance(data, dict) or not data or not all(isinstance(t, Tensor) for t in data.values()):
         raise ValueError(f"{path} holds no state dict: a mapping of names to tensors was expected")
     return data
+
+
+def _reason(error: Exception) -> str:
+    """What torch.load found, without its advice to load the file unsafely."""
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it holds {found[1]}, and only tensors and plain data are accepted; nothing was executed"
+    if "TorchScript" in str(error):
+        return "it is a TorchScript archive; save the state dict instead"
+    return "it is damaged, or not a file of torch.save"
 
 
 def load_upstream(path: Path, **overrides: Any) -> MaskedAutoencoder | SSAST | Classifier:
@@ -485,9 +534,16 @@ def to_upstream(model: SpectrogramModel) -> State:
     Raises:
         ValueError: there is no published form of this model.
     """
-    state = encode_tensors(model.config, model.state_dict())
+    ours = model.state_dict()
+    kind = model.config.family if model.upstream is None else model.upstream.kind
+    _check_covered(upstream_rules(model.config), ours, kind)
+    state = encode_tensors(model.config, ours)
     if model.upstream is None:
         return state | _unused(model)
+    if kind == AUDIOMAE_POOLED:
+        head = _identity_head(state["fc_norm.weight"])
+        if all(torch.equal(state[name], head[name]) for name in head):  # not trained since
+            state = {name: tensor for name, tensor in state.items() if name not in head}
     state |= model.upstream.extras
     return {model.upstream.prefix + name: tensor for name, tensor in state.items()}
 
@@ -514,7 +570,7 @@ def _unused(model: SpectrogramModel) -> State:
             "layer_norm.weight": torch.ones(c.mel_bins),
             "layer_norm.bias": torch.zeros(c.mel_bins),
             "enc_sine_pos_embed.pe": table,
-            "dec_sine_pos_embed.pe": table,
+            "dec_sine_pos_embed.pe": table.clone(),
         }
     return {}
 

@@ -22,9 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     models = levels.add_parser("models", help="a training step of whole models: ours, plain PyTorch, SSAST")
     preset = models.add_mutually_exclusive_group()
     preset.add_argument("--quick", action="store_true", help="under four minutes on two CPU cores (default)")
-    preset.add_argument(
-        "--full", action="store_true", help="batches of 8 and 10 rounds, however long it takes"
-    )
+    preset.add_argument("--full", action="store_true", help="batches of 8 clips, 10 rounds, no limit of time")
     models.add_argument(
         "--models", nargs="+", metavar="NAME", help="default: the three published base models"
     )

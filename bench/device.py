@@ -53,6 +53,19 @@ def select(name: str | None) -> torch.device:
     return torch.device("cuda")
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated there; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
 def cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -124,6 +124,25 @@ def measure_memory(rows, device, spectrogram, progress) -> tuple[dict[Case, int]
     return peaks, errors
 
 
+def require_memory(rows: Sequence[Case], peaks: dict[Case, int], device: torch.device) -> None:
+    """Refuse to go on where the models, all resident for the interleaving, would not fit.
+
+    Raises:
+        DeviceError: with what is needed and what is free.
+    """
+    free = devices.free_memory(device)
+    resident = {}
+    for case in rows:
+        with torch.device("meta"):  # weights and both moments; gradients live within a step
+            resident[case.weights] = 12 * sum(p.numel() for p in build(case).parameters())
+    needed = sum(resident.values()) + max((peaks[case] for case in rows if case in peaks), default=0)
+    if free is not None and needed > free:
+        raise devices.DeviceError(
+            f"interleaving {len(rows)} rows keeps all models in memory and needs about {needed / 1e9:.1f} GB, but "
+            f"{free / 1e9:.1f} GB are free. Choose fewer models with --models, or a smaller --batch-size."
+        )
+
+
 def prepare(rows: Sequence[Case], device, spectrogram) -> tuple[dict[Case, Step], dict[Case, str]]:
     """Steps of all rows, and the errors of those that cannot be built.
 
@@ -181,10 +200,13 @@ def check(steps: dict[Case, Step], progress) -> tuple[dict[Case, tuple[float, in
     references, good, errors = {}, {}, {}
     for case, step in steps.items():
         try:
-            # SSAST's two passes have the loss of one: the same mask serves both.
+            result = None
             if case.model not in references:
-                references[case.model] = probe(_reference(case, steps))[:2]
-            loss, norm, saved = probe(step)
+                reference = _reference(case, steps)
+                probed = probe(reference)
+                references[case.model] = probed[:2]
+                result = probed if reference.case == case else None
+            loss, norm, saved = result or probe(step)
             loss_rtol, norm_rtol = TOLERANCES[case.dtype]
             compare("loss", loss, references[case.model][0], loss_rtol)
             compare("gradient norm", norm, references[case.model][1], norm_rtol)
@@ -201,7 +223,7 @@ def check(steps: dict[Case, Step], progress) -> tuple[dict[Case, tuple[float, in
 
 
 def _reference(case: Case, steps: dict[Case, Step]) -> Step:
-    """The model's baseline in fp32."""
+    """The model's baseline in fp32. SSAST's two passes have the loss of one: the same mask serves both."""
     for other, step in steps.items():
         if other.model == case.model and other.provider == "plain":
             return Step(replace(other, dtype="fp32"), step.model, step.spectrogram, step.optimizer)
@@ -242,7 +264,7 @@ def run(options: Options, started: float) -> Path:
         started: `time.perf_counter()` at the program's start: from there the quick preset keeps its time.
 
     Raises:
-        DeviceError: a GPU is present but unusable.
+        DeviceError: a GPU is present but unusable, or the models do not fit into memory.
     """
     progress = Progress(started)
     device = devices.select(options.device)
@@ -250,16 +272,16 @@ def run(options: Options, started: float) -> Path:
     options.out.mkdir(parents=True, exist_ok=True)
     progress(f"{environment['device_name']}, {environment['threads']} threads, torch {environment['torch']}")
 
-    quick = not options.full and device.type == "cpu"
-    batch = options.batch or (choose_batch(options, device) if quick else FULL_BATCH)
-    rounds = options.rounds or (QUICK_ROUNDS if quick else FULL_ROUNDS)
+    hurried = not options.full and device.type == "cpu"
+    batch = options.batch or (choose_batch(options, device) if hurried else FULL_BATCH)
+    rounds = options.rounds or (FULL_ROUNDS if options.full else QUICK_ROUNDS)
     rows = cases(options.models, options.dtypes, batch, options.frames, options.overrides)
     progress(f"{len(rows)} rows, {batch} clips of {options.frames} frames each")
 
     common = {
         **environment,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "preset": "quick" if quick else "full",
+        "preset": "full" if options.full else "quick",
         "level": "models",
     }
     path = options.out / "measurements.csv"
@@ -275,6 +297,7 @@ def run(options: Options, started: float) -> Path:
         peaks, errors = measure_memory(rows, device, spectrogram, progress)
 
         progress("check: every row against the fp32 baseline with the same weights and mask")
+        require_memory(rows, peaks, device)
         spectrogram = spectrogram.to(device)
         steps, failed = prepare([case for case in rows if case not in errors], device, spectrogram)
         begin = progress.elapsed
@@ -293,7 +316,7 @@ def run(options: Options, started: float) -> Path:
             add("parameters", parameters[case])
             add("reference_loss", loss)
 
-        end = QUICK_SECONDS - ceiling_seconds if quick and options.rounds is None else math.inf
+        end = QUICK_SECONDS - ceiling_seconds if hurried and options.rounds is None else math.inf
         if end < math.inf:
             rounds = max(1, min(rounds, int((end - progress.elapsed) / round_seconds)))
         progress.total = progress.elapsed + rounds * round_seconds + ceiling_seconds
@@ -312,8 +335,9 @@ def run(options: Options, started: float) -> Path:
             write,
             progress,
         )
-        progress("ceilings once more: the machine may have changed its speed")
-        ceilings.measure(rows, device, write)
+        if progress.elapsed <= end:
+            progress("ceilings once more: the machine may have changed its speed")
+            ceilings.measure(rows, device, write)
         for case in good:
             write.add("floor", ceilings.floor(case, parameters[case]), "s", **case.columns())
     print(report.write(path, options.out))

@@ -106,11 +106,12 @@ def architecture_ratios(rows: Sequence[Row]) -> list[Ratio]:
 
 
 def system_ratios(rows: Sequence[Row]) -> list[Ratio]:
-    """Ours against the plain baseline of the same model, and against plain SSAST."""
+    """Ours against the plain baseline of the same model, and visible-only encoders also against plain SSAST."""
 
     def keep(fast, slow):
         same = (fast.model, fast.passes) == (slow.model, slow.passes)
-        return fast.provider == "ours" and slow.provider == "plain" and (same or slow.full_tokens)
+        against_ssast = slow.full_tokens and not fast.full_tokens
+        return fast.provider == "ours" and slow.provider == "plain" and (same or against_ssast)
 
     return _pairs(rows, keep)
 
@@ -134,6 +135,8 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def _range(median: float, low: float, high: float, digits: int = 2) -> str:
+    if low == high:  # a single round has no spread to show
+        return f"{median:.{digits}f}"
     return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 

@@ -151,6 +151,14 @@ def test_an_unusable_gpu_stops_the_run(tmp_path, monkeypatch, capsys):
     assert device.select("cpu") == torch.device("cpu")
 
 
+def test_too_little_memory_is_said_before_it_runs_out(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(models, "peak_bytes", lambda *_: 10**6)
+    monkeypatch.setattr(device, "free_memory", lambda _: 10**6)
+    arguments = [*ARGUMENTS, "--out", str(tmp_path), "--dtypes", "fp32", "--models", "ssast_patch_base"]
+    assert main(arguments) == 1
+    assert "0.0 GB are free. Choose fewer models" in capsys.readouterr().err
+
+
 def test_module_runs_from_the_root():
     result = subprocess.run(
         [sys.executable, "-m", "bench", "models", "--rounds", "many"], capture_output=True, text=True

@@ -39,14 +39,14 @@ def check(model, golden, ids_keep, expected, dtype=torch.float32, rtol=1e-4, gra
     assert not gradient_errors(gradients, golden, grad_rtol)
 
 
+GLOBAL = {"decoder": "global", "decoder_depth": 8, "normalize_target": False}
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("audiomae_pretrain_base_norm", {}),
-        (
-            "audiomae_pretrain_base_global",
-            {"decoder": "global", "decoder_depth": 8, "normalize_target": False},
-        ),
+        pytest.param("audiomae_pretrain_base_global", GLOBAL, marks=pytest.mark.slow),
     ],
 )
 def test_audiomae(name, options):

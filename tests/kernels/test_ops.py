@@ -134,17 +134,16 @@ def test_repeats_bit_for_bit(case):
 
 
 def test_losses_and_sums_do_not_depend_on_the_number_of_threads():
-    """Large enough for PyTorch to split the work: its grain is 32768 values."""
-    for case in (
-        patch_case("masked_mse", "large", 160, 128, (16, 16), B=4, K=40),
-        unshuffle_case("large", 8, 20, 100, 64),
-    ):
+    """Large enough for PyTorch to split the work (its grain is 32768 values); one loss may agree by luck."""
+    mse = patch_case("masked_mse", "large", 160, 128, (16, 16), B=4, K=40)
+    for case, seed in ((unshuffle_case("large", 8, 20, 100, 64), 0), *((mse, seed) for seed in range(8))):
         results = []
-        for count in (1, 2):
+        for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(evaluate(case.call("reference"), case.tensors(torch.float32), case.wrt()))
-        for name, value in results[0].items():
-            assert torch.equal(value, results[1][name]), (case.op, name)
+            results.append(evaluate(case.call("reference"), case.tensors(torch.float32, seed), case.wrt()))
+        for other in results[1:]:
+            for name, value in results[0].items():
+                assert torch.equal(value, other[name]), (case.op, name)
 
 
 @pytest.mark.parametrize("op", ["window_attention", "info_nce"])

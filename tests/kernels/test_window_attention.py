@@ -6,6 +6,7 @@ import audiomae_kernels as ak
 import pytest
 import torch
 from audiomae_kernels.window_attention import window_attention_ref, window_index
+from budget import evaluate
 from kernel_cases import cases, window_attention_case
 
 
@@ -68,6 +69,16 @@ def test_definition(case):
     expected = by_loops(**tensors, **case.options)
     actual = case.call("reference")(**tensors)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_border_is_exactly_minus_100():
+    """A bias of 100 between the rows of a window: across the border it cancels, elsewhere it decides."""
+    case = window_attention_case("", (4, 2), (2, 2), (1, 0), B=1, H=2, d=4)
+    tensors = case.tensors()
+    row = torch.arange(4) // 2
+    tensors["bias"] += 100 * (row[:, None] != row)
+    expected = by_loops(**tensors, **case.options)
+    torch.testing.assert_close(case.call("reference")(**tensors), expected, rtol=1e-11, atol=1e-11)
 
 
 GEOMETRIES = [
@@ -147,6 +158,17 @@ def test_zero_tokens_have_finite_gradients(scoring):
     for function in (case.call("reference"), case.reference()):
         for grad in torch.autograd.grad(function(**tensors).square().sum(), leaves):
             assert grad.isfinite().all()
+
+
+def test_gradients_of_norms_below_their_minimum():
+    """|q||k| straddles 1e-6; autograd through the plain formula knows what clamp lets through."""
+    case = window_attention_case("", (4, 4), (2, 2), (1, 0), H=2)
+    tensors = case.tensors()
+    tensors["qkv"] *= torch.logspace(-4, -1, 16, dtype=torch.float64)[:, None, None, None]
+    actual = evaluate(case.call("reference"), tensors, case.wrt())
+    expected = evaluate(case.reference(), tensors, case.wrt())
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-10, atol=1e-12, msg=name)
 
 
 def test_tau_below_its_minimum_is_clamped_and_takes_no_gradient():
