@@ -267,6 +267,7 @@ def run(options: Options, started: float) -> Path:
         DeviceError: a GPU is present but unusable, or the models do not fit into memory.
     """
     progress = Progress(started)
+    torch.manual_seed(0)
     device = devices.select(options.device)
     environment = devices.environment(device)
     options.out.mkdir(parents=True, exist_ok=True)
