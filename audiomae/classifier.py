@@ -21,6 +21,8 @@ class Classifier(SpectrogramModel):
     Build one with `audiomae.create_classifier`. Attribute `config` holds its `ClassifierConfig`.
     """
 
+    config_class = ClassifierConfig
+
     def __init__(self, config: ClassifierConfig):
         super().__init__(config)
         self.fc_norm = nn.LayerNorm(config.width, eps=config.norm_eps)

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         print(f"audiomae {options.command}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -109,9 +109,8 @@ def _doctor(options: argparse.Namespace) -> None:
     for package in ("audiomae", "torch", "triton", "torchaudio", "soundfile", "numpy", "safetensors"):
         print(f"  {package:<12} {_version(package)}")
     print("Devices")
-    print(
-        f"  cpu          {torch.get_num_threads()} of {os.cpu_count()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    )
+    threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
+    print(f"  {'cpu':<12} {threads}, {torch.backends.cpu.get_cpu_capability()}")
     for name, state in _accelerators():
         print(f"  {name:<12} {state}")
     print("Native library")
@@ -161,19 +160,41 @@ def _why_no_gpu() -> str:
 
 
 def _embed(options: argparse.Namespace) -> None:
+    _check_writable(options.out)
+    for file in options.files:
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no file {file}")
+    device = _device(options.device)
     if options.model in list_models():
+        if _overrides(options):
+            raise ValueError(
+                f"the name {options.model} says all of the model: leave out what describes a file"
+            )
         model = create_model(options.model)
         print(f"{options.model} has random weights: a baseline, not an embedding", file=sys.stderr)
     else:
         model = load(options.model, **_overrides(options))
-    if not options.out.parent.is_dir():
-        raise FileNotFoundError(f"the folder {options.out.parent} of --out does not exist")
-    model = model.to(options.device).eval()
-    embeddings = embed_files(model, options.files, options.batch_size)
-    np.savez(options.out, files=np.array([str(file) for file in options.files]), embeddings=embeddings)
+    embeddings = embed_files(model.float().to(device).eval(), options.files, options.batch_size)
+    with options.out.open("wb") as out:  # given a name, savez would append .npz
+        np.savez(out, files=np.array([str(file) for file in options.files]), embeddings=embeddings)
     for file, row in zip(options.files, embeddings, strict=True):
         print(f"{file}  {row.shape[0]} values, norm {np.linalg.norm(row):.3f}")
     print(f"wrote {options.out}: embeddings {embeddings.shape}")
+
+
+def _check_writable(out: Path) -> None:
+    if out.is_dir():
+        raise IsADirectoryError(f"--out is a file to write, but {out} is a folder")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"the folder {out.parent} of --out does not exist")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
 
 
 @torch.inference_mode()
@@ -181,11 +202,20 @@ def embed_files(model: SpectrogramModel, files: Sequence[Path], batch_size: int 
     """(clips, D) float32: mean over the patch tokens of each file, cut or padded to the model's length."""
     device = next(model.parameters()).device
     frontend = model.config.frontend
+    shortest = 1  # frames; padding makes up the rest of a patch
     if frontend.frames is None:
         batch_size = 1  # clips of their own length cannot share a batch
+        shortest = model.config.patch[0]
     rows = []
     for start in range(0, len(files), batch_size):
-        waveform, lengths = load_batch(files[start : start + batch_size], frontend)
+        batch = files[start : start + batch_size]
+        waveform, lengths = load_batch(batch, frontend)
+        for file, length in zip(batch, lengths.tolist(), strict=True):
+            if frontend.num_frames(length) < shortest:
+                raise ValueError(
+                    f"{file}: {length} samples at {frontend.sample_rate} Hz are too short, "
+                    f"the model needs {shortest} frames of 25 ms every 10 ms"
+                )
         spectrogram = frontend(waveform.to(device), lengths.to(device))
         tokens = model.encode(spectrogram)[:, model.num_prefix_tokens :]
         rows.append(tokens.mean(dim=1).float().cpu())
@@ -225,7 +255,7 @@ def _verify(options: argparse.Namespace) -> None:
             f"{options.checkpoint}: {len(bad)} tensors hold NaN or infinity, the first is {bad[0]}"
         )
     print("weights           finite")
-    for name, value in _trial(model).items():
+    for name, value in _trial(model.float()).items():
         print(f"{name:<17} {value}")
 
 

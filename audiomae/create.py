@@ -9,19 +9,14 @@ from typing import Any
 import torch
 
 from .classifier import Classifier
-from .config import ClassifierConfig, Config, EncoderConfig, MAEConfig, SSASTConfig, model_config, replace
+from .config import ClassifierConfig, EncoderConfig, model_config, replace
 from .model import MaskedAutoencoder, SpectrogramModel
-from .pretrained import load_folder
+from .pretrained import build, load_folder
 from .ssast import SSAST
+from .upstream import load_upstream
 
 _REGULARISATION = ("dropout", "attention_dropout", "input_dropout", "layer_drop", "drop_path")
 _CHECKPOINTS = (".pth", ".pt", ".bin", ".safetensors")
-_CLASSES = {MAEConfig: MaskedAutoencoder, SSASTConfig: SSAST, ClassifierConfig: Classifier}
-
-
-def build(config: Config) -> SpectrogramModel:
-    """The model of a configuration, freshly initialised."""
-    return _CLASSES[type(config)](config)
 
 
 def create_model(name: str, **overrides: Any) -> MaskedAutoencoder | SSAST:
@@ -118,8 +113,6 @@ def load(source: str | Path, **overrides: Any) -> SpectrogramModel:
         FileNotFoundError: a path that does not exist.
         ValueError: a file or folder that holds no model of ours.
     """
-    from .upstream import load_upstream
-
     path = Path(source)
     if path.is_dir():
         return load_folder(path, overrides)

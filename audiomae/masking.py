@@ -330,6 +330,10 @@ pytree.register_pytree_node(
     lambda mask: ([mask.ids_keep, mask.ids_masked], mask.num_tokens),
     lambda ids, num_tokens: Mask(*ids, num_tokens),
     serialized_type_name="audiomae.Mask",
+    flatten_with_keys_fn=lambda mask: (
+        [(pytree.GetAttrKey(name), getattr(mask, name)) for name in ("ids_keep", "ids_masked")],
+        mask.num_tokens,
+    ),
 )
 
 

@@ -49,6 +49,7 @@ pytree.register_pytree_node(
     lambda out: (list(out.values()), list(out)),
     lambda values, names: Output(zip(names, values, strict=True)),
     serialized_type_name="audiomae.Output",
+    flatten_with_keys_fn=lambda out: ([(pytree.MappingKey(k), v) for k, v in out.items()], list(out)),
 )
 
 
@@ -466,6 +467,8 @@ class MaskedAutoencoder(SpectrogramModel):
 
     Build one with `audiomae.create_model`. Attribute `config` holds its `MAEConfig`.
     """
+
+    config_class = MAEConfig
 
     def __init__(self, config: MAEConfig):
         super().__init__(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,37 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from . import config as configs
 
 if TYPE_CHECKING:
     from .model import SpectrogramModel
 
+# Filled by the model classes: which configuration builds which of them.
+_MODELS: dict[type, type[SpectrogramModel]] = {}
+
 CONFIG, WEIGHTS, EXTRAS = "config.json", "model.safetensors", "upstream.safetensors"
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """Where a model came from, and what it could not use.
+
+    Attributes:
+        kind: which published state dict.
+        prefix: "module." where the names had it.
+        extras: tensors without a place in the model, by upstream's name.
+    """
+
+    kind: str
+    prefix: str = ""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+
+def build(config: configs.Config) -> SpectrogramModel:
+    """The model of a configuration, freshly initialised."""
+    return _MODELS[type(config)](config)
 
 
 class PretrainedMixin(ModelHubMixin, library_name="audiomae", tags=["audio", "masked-autoencoder"]):
@@ -26,7 +51,13 @@ class PretrainedMixin(ModelHubMixin, library_name="audiomae", tags=["audio", "ma
     `audiomae.to_upstream` gives all of it back.
     """
 
-    upstream = None  # set by `audiomae.from_upstream`
+    config_class: type | None = None  # set by each concrete model
+    upstream: Upstream | None = None  # set by `audiomae.from_upstream`
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if cls.config_class is not None:
+            _MODELS[cls.config_class] = cls
 
     def _save_pretrained(self, save_directory: Path) -> None:
         written = json.dumps(configs.to_dict(self.config), indent=2)
@@ -82,9 +113,6 @@ def load_folder(folder: Path, overrides: dict[str, Any]) -> SpectrogramModel:
         FileNotFoundError: a file is missing.
         ValueError: the configuration or the weights are broken, or do not belong together.
     """
-    from .create import build
-    from .upstream import Upstream
-
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: it is no folder that save_pretrained wrote")

@@ -22,6 +22,8 @@ class SSAST(SpectrogramModel):
     Build one with `audiomae.create_model`. Attribute `config` holds its `SSASTConfig`.
     """
 
+    config_class = SSASTConfig
+
     def __init__(self, config: SSASTConfig):
         super().__init__(config)
         self.mask_token = nn.Parameter(torch.empty(1, 1, config.width))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from .classifier import Classifier
 from .config import MODELS, ClassifierConfig, Config, MAEConfig, SSASTConfig, replace
 from .model import MAX_FLAT_TOKENS, MaskedAutoencoder, SpectrogramModel, sincos_2d, sinusoids_1d
-from .pretrained import read_safetensors
+from .pretrained import Upstream, build, read_safetensors
 from .ssast import SSAST
 
 State = dict[str, Tensor]
@@ -40,21 +40,6 @@ _KINDS = {
     "fc_norm.": AUDIOMAE_FINETUNED,
     "patch_embed.proj.": AUDIOMAE_ENCODER,
 }
-
-
-@dataclass(frozen=True)
-class Upstream:
-    """Where a model came from, and what it could not use.
-
-    Attributes:
-        kind: which published state dict.
-        prefix: "module." where the names had it.
-        extras: tensors without a place in the model, by upstream's name.
-    """
-
-    kind: str
-    prefix: str = ""
-    extras: State = field(default_factory=dict)
 
 
 # -- rules ---------------------------------------------------------------------------------------------------
@@ -242,7 +227,8 @@ def from_upstream(state_dict: State, **overrides: Any) -> MaskedAutoencoder | SS
     given = state
     try:
         if kind == AUDIOMAE_POOLED:
-            state = state | _identity_head(state["fc_norm.weight"])
+            (width,) = _shape(state, "fc_norm.weight", 1)
+            state = state | _identity_head(width, state["fc_norm.weight"].dtype)
         config = _infer_config(kind, state, dict(overrides))
     except KeyError as error:
         raise ValueError(f"this looks like a checkpoint of {kind}, but {error.args[0]} is missing") from None
@@ -253,13 +239,13 @@ def from_upstream(state_dict: State, **overrides: Any) -> MaskedAutoencoder | SS
             f"this looks like a checkpoint of {kind}, but {len(missing)} tensors are missing: {_listed(missing)}"
         )
     with torch.device("meta"):  # shapes first: nothing is allocated before everything fits
-        expected = _build(config).state_dict()
+        expected = build(config).state_dict()
     _check_covered(rules, expected, kind)
     ours = {rule.ours: _decoded(rule, state, expected[rule.ours]) for rule in rules}
     used = {name for rule in rules for name in rule.theirs}
-    extras = {name: tensor.detach().clone() for name, tensor in given.items() if name not in used}
+    extras = {name: _copied(tensor) for name, tensor in given.items() if name not in used}
     _check_sinusoids(extras)
-    model = _build(config).to(ours["encoder.patch_embed.weight"].dtype)
+    model = build(config).to(ours["encoder.patch_embed.weight"].dtype)
     model.load_state_dict(ours, assign=True)  # each tensor keeps its own dtype
     model.upstream = Upstream(kind, prefix, extras)
     return model
@@ -285,7 +271,7 @@ def _decoded(rule: Rule, state: State, expected: Tensor) -> Tensor:
     """The rule's tensor out of upstream's, if it has the shape of `expected` and is float where that is."""
     given = [state[name] for name in rule.theirs]
     try:
-        tensor = rule.decode([t.detach() for t in given])
+        tensor = rule.decode(given)
     except (RuntimeError, IndexError):
         tensor = None
     if tensor is None or tensor.shape != expected.shape:
@@ -293,18 +279,25 @@ def _decoded(rule: Rule, state: State, expected: Tensor) -> Tensor:
         raise ValueError(
             f"wrong shape: {shapes} cannot become our {rule.ours} of shape {tuple(expected.shape)}"
         )
-    if tensor.layout != torch.strided or tensor.is_floating_point() != expected.is_floating_point():
-        wanted = "float" if expected.is_floating_point() else "integer"
+    floating = expected.is_floating_point()
+    if len({t.dtype for t in given}) > 1 or any(
+        t.layout != torch.strided or t.is_floating_point() != floating for t in given
+    ):
+        types = ", ".join(f"{n} {t.layout} {t.dtype}" for n, t in zip(rule.theirs, given, strict=True))
+        wanted = "float" if floating else "integer"
         raise ValueError(
-            f"wrong type: {', '.join(rule.theirs)} should be a dense {wanted} tensor, got {tensor.dtype}"
+            f"wrong type: {types} cannot become our {rule.ours}, a dense tensor of one {wanted} type"
         )
-    return tensor.clone(memory_format=torch.contiguous_format)
+    return _copied(tensor)
 
 
-def _identity_head(fc_norm: Tensor) -> State:
-    """A head that returns what `fc_norm` (D,) gives."""
-    size = fc_norm.numel()
-    return {"head.weight": torch.eye(size).to(fc_norm), "head.bias": torch.zeros(size).to(fc_norm)}
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _identity_head(width: int, dtype: torch.dtype) -> State:
+    """A head that returns what `fc_norm` gives."""
+    return {"head.weight": torch.eye(width, dtype=dtype), "head.bias": torch.zeros(width, dtype=dtype)}
 
 
 def _check_covered(rules: list[Rule], ours: State, kind: str) -> None:
@@ -316,12 +309,6 @@ def _check_covered(rules: list[Rule], ours: State, kind: str) -> None:
             f"the configuration is not that of a published {kind} model: "
             f"{_listed(odd)} would be without a counterpart"
         )
-
-
-def _build(config: Config) -> SpectrogramModel:
-    from .create import build
-
-    return build(config)
 
 
 def _depth(state: State, prefix: str) -> int:
@@ -366,7 +353,8 @@ def _infer_audiomae(kind: str, state: State, overrides: dict[str, Any]) -> MAECo
     else:
         base = MAEConfig(family="audiomae")
         depth = _depth(state, "decoder_blocks.")
-        local = [f"decoder_blocks.{i}.attn.tau" in state for i in range(depth)]
+        marked = {name.partition(".attn.")[0] for name in state if re.search(r"\.attn\.(tau|meta_mlp)", name)}
+        local = [f"decoder_blocks.{i}" in marked for i in range(depth)]
         sizes |= {
             "decoder": "window" if all(local) else "hybrid" if any(local) else "global",
             "decoder_width": _shape(state, "mask_token", 3)[2],
@@ -503,9 +491,13 @@ def read_checkpoint(path: Path) -> State:
     for key in _CONTAINERS:
         if isinstance(data, dict) and isinstance(data.get(key), dict):
             data = data[key]
-    if not isinstance(data, dict) or not data or not all(isinstance(t, Tensor) for t in data.values()):
+    if not isinstance(data, dict) or not data or not _maps_names_to_tensors(data):
         raise ValueError(f"{path} holds no state dict: a mapping of names to tensors was expected")
     return data
+
+
+def _maps_names_to_tensors(data: dict) -> bool:
+    return all(isinstance(name, str) and isinstance(t, Tensor) for name, t in data.items())
 
 
 def _reason(error: Exception) -> str:
@@ -541,8 +533,8 @@ def to_upstream(model: SpectrogramModel) -> State:
     if model.upstream is None:
         return state | _unused(model)
     if kind == AUDIOMAE_POOLED:
-        head = _identity_head(state["fc_norm.weight"])
-        if all(torch.equal(state[name], head[name]) for name in head):  # not trained since
+        head = _identity_head(model.config.width, torch.float32)
+        if all(torch.equal(state[name].cpu().float(), head[name]) for name in head):  # not trained since
             state = {name: tensor for name, tensor in state.items() if name not in head}
     state |= model.upstream.extras
     return {model.upstream.prefix + name: tensor for name, tensor in state.items()}

@@ -50,13 +50,32 @@ def close(actual, expected, atol=1e-12):
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models only lose time to threads, above all where other processes want the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def meta():
+    # torch remembers which functions make tensors: not the poisoned ones of an earlier test.
+    torch.utils._device._device_constructors.cache_clear()
+    with torch.device("meta"):
+        yield
+    torch.utils._device._device_constructors.cache_clear()
+
+
 # -- building and running ------------------------------------------------------------------------------------
 
 
+@pytest.mark.no_poison
 @pytest.mark.parametrize("name", audiomae.list_models())
-def test_every_named_model_builds(name):
-    with torch.device("meta"):
-        model = audiomae.create_model(name)
+def test_every_named_model_builds(name, meta):
+    model = audiomae.create_model(name)
+    assert all(p.is_meta for p in model.parameters())
     assert model.config == MODELS[name]
     assert len(model.encoder.blocks) == model.config.depth
     assert model.num_prefix_tokens == {"audiomae": 1, "mae_ast": 0, "ssast": 2}[model.config.family]
@@ -86,7 +105,7 @@ def test_published_names_and_grids():
     assert (model_config("audiomae_large").depth, model_config("audiomae_large").width) == (24, 1024)
 
 
-def check_training_step(model, x, unused=()):
+def check_training_step(model, x):
     """Forward and backward: shapes, the weighted sum, and a gradient for every parameter."""
     c = model.config
     model.train()
@@ -104,7 +123,7 @@ def check_training_step(model, x, unused=()):
         for name, p in model.named_parameters()
         if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()
     }
-    assert without == set(unused)
+    assert not without
     return out
 
 
@@ -125,7 +144,6 @@ def test_training_step(name):
 def test_patches_and_strides(name, patch, stride):
     still = STILL if name.startswith("mae_ast") else {}
     model = small(name, patch=patch, stride=stride, frames=80, **still)
-    # A single band leaves nothing to learn from the second coordinate of the offsets; the MLP still has a bias.
     check_training_step(model, spectrogram(frames=80))
 
 
@@ -374,7 +392,7 @@ def test_flat_positions_reach_any_clip(overrides):
     x = spectrogram(frames=160)
     start = Mask.from_keep(torch.arange(32).repeat(2, 1), 80)
     close(model.encode(x, start), model.encode(x[:, :64]))
-    check_training_step(model.eval(), x, unused=()) if not model.config.dropout else model(x)
+    assert model(x).loss.isfinite()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -482,7 +500,7 @@ def test_layer_drop():
     model.eval()
     kept = model.encode(x, mask)
     model.train()
-    count, runs = 0, 400
+    count, runs = 0, 150
     for _ in range(runs):
         encoded = model.encode(x, mask)
         left_out = not torch.equal(encoded, kept)
@@ -589,9 +607,9 @@ def test_ssast_without_prefix():
 # -- classifier ----------------------------------------------------------------------------------------------
 
 
-def test_published_number_of_trainable_parameters():
-    with torch.device("meta"):
-        model = audiomae.create_classifier("audiomae_base", num_classes=527, frames=1024)
+@pytest.mark.no_poison
+def test_published_number_of_trainable_parameters(meta):
+    model = audiomae.create_classifier("audiomae_base", num_classes=527, frames=1024)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 85_659_407
 
 
@@ -871,28 +889,21 @@ def test_lists_are_pairs():
 
 
 def test_nan_is_reported_on_request():
-    """AUDIOMAE_CHECK=1 names a spectrogram with NaN; without it the loss is NaN and nothing is raised."""
-    program = (
-        "import torch, audiomae\n"
-        "model = audiomae.create_model('audiomae_base', width=32, heads=2, depth=1, frames=32, decoder_width=32,"
-        " decoder_heads=2, decoder_depth=1)\n"
-        "print('finite', model(torch.zeros(1, 32, 128)).loss.isfinite().item())\n"
-        "x = torch.zeros(1, 32, 128); x[0, 5, 7] = float('nan')\n"
-        "print('nan', model(x).loss.isnan().item())\n"
-    )
+    """AUDIOMAE_CHECK=1 stops at a spectrogram with NaN; without it the loss is NaN (see above)."""
+    program = """
+import torch, audiomae
+sizes = {"width": 32, "heads": 2, "depth": 1, "frames": 32}
+model = audiomae.create_model("audiomae_base", **sizes, decoder_width=32, decoder_heads=2, decoder_depth=1)
+x = torch.zeros(1, 32, 128)
+print("finite", model(x).loss.isfinite().item())
+x[0, 5, 7] = float("nan")
+model(x)
+"""
     path = os.pathsep.join(p for p in sys.path if p)
-    for check in ("0", "1"):
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env=os.environ | {"AUDIOMAE_CHECK": check, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert "finite True" in done.stdout, done.stderr
-        if check == "0":
-            assert done.returncode == 0 and "nan True" in done.stdout
-        else:
-            assert done.returncode != 0 and "the loss is NaN" in done.stderr
+    environment = os.environ | {"AUDIOMAE_CHECK": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert "finite True" in done.stdout, done.stderr
+    assert done.returncode != 0 and "the loss is NaN" in done.stderr
 
 
 # -- files ---------------------------------------------------------------------------------------------------
@@ -929,7 +940,7 @@ MAKERS = {name: (lambda name=name: small(name)) for name in FAMILIES} | {"classi
 def test_save_and_load(name, dtype, tmp_path):
     model = MAKERS[name]()
     with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in model.state_dict().values():
             if tensor.is_floating_point():
                 tensor.add_(torch.rand_like(tensor) * 0.1)
     model.to(dtype)
@@ -994,7 +1005,7 @@ def test_truncated_weights(folder, share):
     weights = folder / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(ValueError, match="model[.]safetensors is no intact safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is no intact safetensors file"):
         audiomae.load(folder)
 
 
@@ -1002,7 +1013,7 @@ def test_broken_extras(folder):
     from safetensors.torch import save_file
 
     (folder / "upstream.safetensors").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="upstream[.]safetensors is no intact safetensors file"):
+    with pytest.raises(ValueError, match=r"upstream\.safetensors is no intact safetensors file"):
         audiomae.load(folder)
     save_file({"a": torch.zeros(1)}, folder / "upstream.safetensors")
     with pytest.raises(ValueError, match="does not say which published checkpoint it belongs to"):
@@ -1025,7 +1036,7 @@ def test_weights_of_another_model(folder):
     with pytest.raises(ValueError, match=r"encoder.blocks.2.norm1.weight is missing; .* and 7 more"):
         audiomae.load(folder)
     rewrite(folder, depth=1)
-    with pytest.raises(ValueError, match=r"encoder.blocks.1.norm1.weight is unexpected"):
+    with pytest.raises(ValueError, match=r"encoder.blocks.1.attn.proj.bias is unexpected; .* and 7 more"):
         audiomae.load(folder)
 
 
@@ -1051,11 +1062,9 @@ def test_weights_of_another_model(folder):
 )
 def test_broken_configuration(folder, text, message):
     (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(
-        ValueError, match=f"(?s)config.json is no model configuration.*{message}|{message}"
-    ) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         audiomae.load(folder)
-    assert str(folder) in str(caught.value)
+    assert f"{folder / 'config.json'} is no model configuration" in str(caught.value)
 
 
 def test_paths_that_do_not_exist():
