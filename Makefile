@@ -11,6 +11,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q
 STAMPS := .venv/stamps
+# A file of tests stays in one process: those of whole models share what they took seconds to make.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 LIBRARY := kernels/audiomae_kernels/libaudiomae_native.so
 
 FITS := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
@@ -63,10 +65,10 @@ native: $(STAMPS)/native ## build the native CPU library into the checkout
 	@test -f $(LIBRARY)
 
 test: $(STAMPS)/dev $(STAMPS)/native ## run the fast tests
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest -m "not slow" $(PARALLEL) $(ARGS)
 
 test-all: $(STAMPS)/dev $(STAMPS)/native ## run all tests
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 bench: $(STAMPS)/bench $(STAMPS)/native ## run the quick benchmark of the models into bench/results/latest
 	$(PY) -m bench models --quick --out bench/results/latest $(ARGS)

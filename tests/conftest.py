@@ -21,11 +21,24 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """For tiny tensors: waking a second thread costs more than it saves, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_empty(request, monkeypatch):
     """`torch.empty` and its kin return NaN, so that an element which nobody wrote shows."""
     if request.node.get_closest_marker("no_poison"):
+        yield
         return
+    # torch.device() as a context remembers which functions make tensors, and must not remember these.
+    remembered = torch.utils._device._device_constructors
+    remembered.cache_clear()
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),
@@ -34,6 +47,8 @@ def poisoned_empty(request, monkeypatch):
         (torch.Tensor, "new_empty_strided"),
     ):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    yield
+    remembered.cache_clear()
 
 
 def _poisoned(allocate):

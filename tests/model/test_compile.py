@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import audiomae
 from audiomae import Mask
 
-pytestmark = pytest.mark.no_poison
+pytestmark = [pytest.mark.no_poison, pytest.mark.usefixtures("one_thread")]
 
 ENCODER = {"width": 32, "heads": 2, "depth": 1, "frames": 64}
 DECODER = {"decoder_width": 32, "decoder_heads": 2, "decoder_depth": 2, "global_blocks": 1}
@@ -29,12 +29,8 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def fresh_compiler():
     torch.compiler.reset()
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(case, **overrides):
@@ -118,13 +114,13 @@ def test_inductor():
 
 
 @pytest.fixture
-def fakeable_init(monkeypatch):
+def fakeable(monkeypatch):
     # torch's own truncated normal looks at its values and draws again.
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", torch.nn.init.normal_)
 
 
 @pytest.mark.parametrize("case", ["window", "hybrid", "mae_ast_patch", "ssast_patch"])
-def test_step_on_fake_tensors(case, fakeable_init):
+def test_step_on_fake_tensors(case, fakeable):
     """Forward, backward and optimizer without data: nothing in the step waits for a value."""
     with FakeTensorMode():
         model = build(case).train()
@@ -136,7 +132,7 @@ def test_step_on_fake_tensors(case, fakeable_init):
 
 
 @pytest.mark.parametrize("case", ["window", "global", "mae_ast_patch", "ssast_patch"])
-def test_forward_on_a_fake_gpu(case, fakeable_init):
+def test_forward_on_a_fake_gpu(case, fakeable):
     """No tensor of the forward pass is left on the CPU."""
     with FakeTensorMode():
         with torch.device("cuda"):

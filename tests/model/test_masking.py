@@ -12,18 +12,11 @@ from audiomae import Mask, masking
 from audiomae.masking import STRATEGIES
 
 GRID = (64, 8)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENS = 512
 # How many tokens spans_upstream keeps depends on what it drew: it waits for the device, as documented.
 NEVER_WAITING = [s for s in STRATEGIES if s != "spans_upstream"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors only lose time to threads, above all where other processes want the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def seeded(seed=0):

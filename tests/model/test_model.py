@@ -19,6 +19,8 @@ from audiomae import Frontend, Mask, Output, pretrained
 from audiomae.config import MODELS, from_dict, model_config, replace, to_dict
 from audiomae.model import DropPath, SpectrogramNorm, log_offsets, sincos_2d, sinusoids_1d
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ENCODER = {"width": 32, "heads": 2, "depth": 2, "frames": 64}
 DECODER = {"decoder_width": 24, "decoder_heads": 2, "decoder_depth": 2}
 STILL = {"dropout": 0.0, "attention_dropout": 0.0, "input_dropout": 0.0, "layer_drop": 0.0}
@@ -50,22 +52,10 @@ def close(actual, expected, atol=1e-12):
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models only lose time to threads, above all where other processes want the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def meta():
-    # torch remembers which functions make tensors: not the poisoned ones of an earlier test.
-    torch.utils._device._device_constructors.cache_clear()
     with torch.device("meta"):
         yield
-    torch.utils._device._device_constructors.cache_clear()
 
 
 # -- building and running ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import dataclasses
+import functools
 import os
 import pathlib
 import pickle
@@ -62,6 +63,11 @@ def fixed(name, shape):
 
 def shrunk(golden):
     """A small float32 state dict with the names of a golden key list."""
+    return dict(_shrunk(golden))
+
+
+@functools.cache
+def _shrunk(golden):
     shapes = {
         name: tuple(SMALLER.get(size, size) for size in shape)
         for name, shape in load_golden(golden).shapes.items()
@@ -216,11 +222,11 @@ def test_heads_of_an_odd_width():
 def test_the_model_shares_no_memory_with_the_state_dict():
     for kind in ("window", "mae_ast_patch"):
         state, overrides = made(kind)
-        copy = {name: tensor.clone() for name, tensor in state.items()}
-        model = audiomae.from_upstream(state, **overrides)
-        for tensor in state.values():
+        given = {name: tensor.clone() for name, tensor in state.items()}
+        model = audiomae.from_upstream(given, **overrides)
+        for tensor in given.values():
             tensor.zero_()
-        assert_identical(audiomae.to_upstream(model), copy)
+        assert_identical(audiomae.to_upstream(model), state)
 
 
 # -- round trips ---------------------------------------------------------------------------------------------
@@ -281,7 +287,7 @@ def test_round_trip(kind, variant):
     assert_identical(audiomae.to_upstream(audiomae.from_upstream(state, **overrides)), state)
 
 
-@pytest.mark.parametrize("variant", ["float32", "bfloat16", "unknown", "mixed"])
+@pytest.mark.parametrize("variant", ["float32", "bfloat16", "unknown"])
 @each_kind
 def test_round_trip_through_a_folder(kind, variant, tmp_path):
     state, overrides = made(kind)
@@ -524,44 +530,134 @@ def without(state, *names):
 
 
 REFUSED = {
-    "no kind": (lambda: {"conv1.weight": torch.ones(3), "fc.bias": torch.ones(2)}, {}, r"conv1\.weight, fc\.bias.*decoder_blocks\.0\."),
+    "no kind": (
+        lambda: {"conv1.weight": torch.ones(3), "fc.bias": torch.ones(2)},
+        {},
+        r"conv1\.weight, fc\.bias.*decoder_blocks\.0\.",
+    ),
     "empty": (dict, {}, "matches no known model"),
-    "missing": (lambda: without(window(), "decoder_norm.bias", "blocks.1.norm1.weight"), {}, r"Audio-MAE, but 2 tensors are missing: blocks\.1\.norm1\.weight, decoder_norm\.bias"),
+    "missing": (
+        lambda: without(window(), "decoder_norm.bias", "blocks.1.norm1.weight"),
+        {},
+        r"Audio-MAE, but 2 tensors are missing: blocks\.1\.norm1\.weight, decoder_norm\.bias",
+    ),
     "missing early": (lambda: without(window(), "pos_embed"), {}, "pos_embed is missing"),
-    "missing tau": (lambda: without(window(), "decoder_blocks.1.attn.tau"), {}, r"decoder_blocks\.1\.attn\.tau"),
+    "missing tau": (
+        lambda: without(window(), "decoder_blocks.1.attn.tau"),
+        {},
+        r"decoder_blocks\.1\.attn\.tau",
+    ),
     "missing norm": (lambda: without(pooled(), "fc_norm.weight"), {}, r"fc_norm\.weight is missing"),
-    "SSAST after fine-tuning": (lambda: without(ssast_frame(), "mask_embed"), {}, "SSAST, but 1 tensors? .*mask_embed"),
-    "gap in the blocks": (lambda: {n.replace("blocks.1.", "blocks.999999999."): t for n, t in encoder().items()}, {}, r"blocks\.1\.norm1\.weight"),
-    "shape": (lambda: window() | {"blocks.1.mlp.fc2.bias": torch.ones(65)}, {}, r"blocks\.1\.mlp\.fc2\.bias \(65,\).*\(64,\)"),
-    "shape of one of three": (lambda: mae_ast() | {"encoder.layers.0.self_attn.k_proj.weight": torch.ones(63, 64)}, {"tokens": "patch"}, r"k_proj\.weight \(63, 64\)"),
-    "two channels": (lambda: encoder() | {"patch_embed.proj.weight": torch.ones(64, 2, 16, 16)}, {}, r"patch_embed\.proj\.weight \(64, 2, 16, 16\)"),
-    "flat patches": (lambda: encoder() | {"patch_embed.proj.weight": torch.ones(64, 256)}, {}, r"patch_embed\.proj\.weight should have 4 dimensions"),
-    "high patches": (lambda: encoder() | {"patch_embed.proj.weight": torch.ones(64, 1, 16, 256)}, {}, r"a patch of \(16, 256\) does not fit"),
-    "integers": (lambda: window() | {"norm.weight": torch.ones(64, dtype=torch.int8)}, {}, r"norm\.weight torch\.strided torch\.int8"),
-    "q, k and v of two types": (lambda: mae_ast() | {"encoder.layers.1.self_attn.k_proj.bias": torch.ones(64).half()}, {"tokens": "patch"}, r"k_proj\.bias \S+ torch\.float16"),
-    "sparse": (lambda: window() | {"decoder_embed.weight": torch.ones(32, 64).to_sparse()}, {}, r"decoder_embed\.weight"),
+    "SSAST after fine-tuning": (
+        lambda: without(ssast_frame(), "mask_embed"),
+        {},
+        "SSAST, but 1 tensors? .*mask_embed",
+    ),
+    "gap in the blocks": (
+        lambda: {n.replace("blocks.1.", "blocks.999999999."): t for n, t in encoder().items()},
+        {},
+        r"blocks\.1\.norm1\.weight",
+    ),
+    "shape": (
+        lambda: window() | {"blocks.1.mlp.fc2.bias": torch.ones(65)},
+        {},
+        r"blocks\.1\.mlp\.fc2\.bias \(65,\).*\(64,\)",
+    ),
+    "shape of one of three": (
+        lambda: mae_ast() | {"encoder.layers.0.self_attn.k_proj.weight": torch.ones(63, 64)},
+        {"tokens": "patch"},
+        r"k_proj\.weight \(63, 64\)",
+    ),
+    "two channels": (
+        lambda: encoder() | {"patch_embed.proj.weight": torch.ones(64, 2, 16, 16)},
+        {},
+        r"patch_embed\.proj\.weight \(64, 2, 16, 16\)",
+    ),
+    "flat patches": (
+        lambda: encoder() | {"patch_embed.proj.weight": torch.ones(64, 256)},
+        {},
+        r"patch_embed\.proj\.weight should have 4 dimensions",
+    ),
+    "high patches": (
+        lambda: encoder() | {"patch_embed.proj.weight": torch.ones(64, 1, 16, 256)},
+        {},
+        r"a patch of \(16, 256\) does not fit",
+    ),
+    "integers": (
+        lambda: window() | {"norm.weight": torch.ones(64, dtype=torch.int8)},
+        {},
+        r"norm\.weight torch\.strided torch\.int8",
+    ),
+    "q, k and v of two types": (
+        lambda: mae_ast() | {"encoder.layers.1.self_attn.k_proj.bias": torch.ones(64).half()},
+        {"tokens": "patch"},
+        r"k_proj\.bias \S+ torch\.float16",
+    ),
+    "sparse": (
+        lambda: window() | {"decoder_embed.weight": torch.ones(32, 64).to_sparse()},
+        {},
+        r"decoder_embed\.weight",
+    ),
     "no tensors": (lambda: window() | {"norm.weight": [1.0]}, {}, r"'norm\.weight' is mapped to a list"),
     "no names": (lambda: {1: torch.ones(2)}, {}, "1 is mapped to a Tensor"),
     "which MAE-AST": (mae_ast, {}, 'tokens="patch" or tokens="frame"'),
     "no such MAE-AST": (mae_ast, {"tokens": "word"}, "'word'"),
     "tokens for another": (window, {"tokens": "patch"}, "tokens= .* checkpoint of Audio-MAE"),
-    "unknown override": (window, {"normalise_target": True}, "normalise_target.*did you mean normalize_target"),
-    "override of another kind": (finetuned, {"mask_ratio": 0.5}, "ClassifierConfig has no field 'mask_ratio'"),
+    "unknown override": (
+        window,
+        {"normalise_target": True},
+        "normalise_target.*did you mean normalize_target",
+    ),
+    "override of another kind": (
+        finetuned,
+        {"mask_ratio": 0.5},
+        "ClassifierConfig has no field 'mask_ratio'",
+    ),
     "override of the size": (window, {"depth": 3}, r"blocks\.2\.norm1\.weight"),
     "shorter than the table": (window, {"frames": 32}, r"pos_embed \(1, 33, 64\) .*\(1, 17, 64\)"),
-    "another head": (window, {"info_nce_weight": 1.0}, r"info_nce_head\.bias, info_nce_head\.weight would be without"),
-    "one head less": (mae_ast, {"tokens": "patch", "reconstruction_weight": 0.0}, r"reconstruction_head\.bias"),
+    "another head": (
+        window,
+        {"info_nce_weight": 1.0},
+        r"info_nce_head\.bias, info_nce_head\.weight would be without",
+    ),
+    "one head less": (
+        mae_ast,
+        {"tokens": "patch", "reconstruction_weight": 0.0},
+        r"reconstruction_head\.bias",
+    ),
     "heads": (window, {"num_heads": 3}, "heads=3"),
     "no heads": (window, {"num_heads": 0}, "heads"),
     "stride": (window, {"stride": (0, 1)}, "stride must be a pair"),
-    "positions of another grid": (lambda: encoder() | {"pos_embed": torch.ones(1, 36, 64)}, {}, r"35 positions do not divide into 8 bands.*stride="),
+    "positions of another grid": (
+        lambda: encoder() | {"pos_embed": torch.ones(1, 36, 64)},
+        {},
+        r"35 positions do not divide into 8 bands.*stride=",
+    ),
     "too few positions": (lambda: encoder() | {"pos_embed": torch.ones(1, 1, 64)}, {}, "0 positions"),
     "no overlap here": (window, {"stride": (10, 10)}, "32 positions do not divide into 12 bands"),
-    "SSAST's positions": (lambda: ssast_frame() | {"v.pos_embed": torch.ones(34, 64)}, {}, r"v\.pos_embed should have 3 dimensions"),
-    "learned tables": (lambda: mae_ast() | {"enc_sine_pos_embed.pe": torch.randn(1, 300, 64)}, {"tokens": "patch"}, r"enc_sine_pos_embed\.pe does not hold the published sinusoids"),
-    "concatenated sinusoids": (lambda: mae_ast() | {"dec_sine_pos_embed.pe": sinusoids_1d(64, 300).view(300, 32, 2).mT.flatten(1)[None]}, {"tokens": "frame"}, r"dec_sine_pos_embed\.pe"),
-    "a table of another shape": (lambda: mae_ast() | {"dec_sine_pos_embed.pe": torch.ones(64)}, {"tokens": "patch"}, r"dec_sine_pos_embed\.pe should have 3 dimensions"),
-}  # fmt: skip
+    "SSAST's positions": (
+        lambda: ssast_frame() | {"v.pos_embed": torch.ones(34, 64)},
+        {},
+        r"v\.pos_embed should have 3 dimensions",
+    ),
+    "learned tables": (
+        lambda: mae_ast() | {"enc_sine_pos_embed.pe": torch.randn(1, 300, 64)},
+        {"tokens": "patch"},
+        r"enc_sine_pos_embed\.pe does not hold the published sinusoids",
+    ),
+    "concatenated sinusoids": (
+        lambda: (
+            mae_ast() | {"dec_sine_pos_embed.pe": sinusoids_1d(64, 300).view(300, 32, 2).mT.flatten(1)[None]}
+        ),
+        {"tokens": "frame"},
+        r"dec_sine_pos_embed\.pe",
+    ),
+    "a table of another shape": (
+        lambda: mae_ast() | {"dec_sine_pos_embed.pe": torch.ones(64)},
+        {"tokens": "patch"},
+        r"dec_sine_pos_embed\.pe should have 3 dimensions",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -766,28 +862,48 @@ def save(obj):
 
 
 UNREADABLE = {
-    "text.pth": (lambda path: path.write_text("this is no checkpoint\n" * 9), "damaged, or not a file of torch.save"),
+    "text.pth": (
+        lambda path: path.write_text("this is no checkpoint\n" * 9),
+        "damaged, or not a file of torch.save",
+    ),
     "empty.pth": (lambda path: path.touch(), "damaged, or not"),
     "noise.pt": (lambda path: path.write_bytes(random.Random(0).randbytes(999)), "damaged, or not"),
-    "pickle.pt": (lambda path: path.write_bytes(pickle.dumps({"a": object()})), r"damaged, or not|holds builtins\.object"),
+    "pickle.pt": (
+        lambda path: path.write_bytes(pickle.dumps({"a": object()})),
+        r"damaged, or not|holds builtins\.object",
+    ),
     "list.pth": (save([torch.ones(2)]), "holds no state dict"),
     "tensor.pth": (save(torch.ones(2)), "holds no state dict"),
     "nothing.pth": (save({"model": {}}), "holds no state dict"),
     "values.pth": (save({"model": {"a": 1.0}}), "holds no state dict"),
     "numbers.pth": (save({0: torch.ones(2)}), "holds no state dict"),
     "module.pth": (save(torch.nn.Linear(2, 2)), r"it holds torch\.nn\.modules\.linear\.Linear"),
-    "script.pt": (lambda path: torch.jit.save(torch.jit.trace(torch.nn.ReLU(), torch.ones(1)), path), "TorchScript"),
+    "script.pt": (
+        lambda path: torch.jit.save(torch.jit.trace(torch.nn.ReLU(), torch.ones(1)), path),
+        "TorchScript",
+    ),
     "empty.safetensors": (lambda path: path.touch(), "no intact safetensors file"),
-    "huge.safetensors": (lambda path: path.write_bytes(struct.pack("<Q", 2**60) + b"{}"), "no intact safetensors"),
-    "noise.safetensors": (lambda path: path.write_bytes(random.Random(1).randbytes(999)), "no intact safetensors"),
-    "json.safetensors": (lambda path: path.write_bytes(struct.pack("<Q", 9) + b'{"a": [1}'), "no intact safetensors"),
+    "huge.safetensors": (
+        lambda path: path.write_bytes(struct.pack("<Q", 2**60) + b"{}"),
+        "no intact safetensors",
+    ),
+    "noise.safetensors": (
+        lambda path: path.write_bytes(random.Random(1).randbytes(999)),
+        "no intact safetensors",
+    ),
+    "json.safetensors": (
+        lambda path: path.write_bytes(struct.pack("<Q", 9) + b'{"a": [1}'),
+        "no intact safetensors",
+    ),
     "lies.safetensors": (
         lambda path: path.write_bytes(
-            struct.pack("<Q", 64) + b'{"a":{"dtype":"F32","shape":[9,9],"data_offsets":[0,4]}}'.ljust(64) + b"\0" * 4
+            struct.pack("<Q", 64)
+            + b'{"a":{"dtype":"F32","shape":[9,9],"data_offsets":[0,4]}}'.ljust(64)
+            + b"\0" * 4
         ),
         "no intact safetensors",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript's
