@@ -74,8 +74,8 @@ class EncoderConfig:
         prefix_tokens: 0, 1 (cls) or 2 (cls and distillation) learned tokens before the patches.
         final_norm: a LayerNorm after the last pre-norm block.
         positions: "transposed" is Audio-MAE's published 2-D sin-cos table, built on the transposed grid;
-            "grid" the same table on the right grid; "flat" MAE-AST's 1-D interleaved sinusoids over the token
-            index; "learned" SSAST's parameter.
+            "grid" the same table on the right grid, published with overlapping patches; "flat" MAE-AST's 1-D
+            interleaved sinusoids over the token index; "learned" SSAST's parameter.
         input_norm: "none", or MAE-AST's batch norm over the whole spectrogram, times 0.5: with the batch's
             statistics ("batch"), the running ones ("running"), or by train/eval mode ("auto").
         dropout, attention_dropout, input_dropout, layer_drop, drop_path: regularisation rates; drop_path
@@ -314,7 +314,14 @@ def model_config(name: str, **overrides: Any) -> MAEConfig | SSASTConfig:
     """
     if name not in MODELS:
         raise ValueError(f"there is no model {name!r}{_suggest(name, MODELS)} (see audiomae.list_models())")
-    return replace(MODELS[name], **overrides)
+    if MODELS[name].positions == "transposed" and overrides.get("stride"):
+        overrides.setdefault("positions", "grid")  # as published: overlapping patches have the right grid
+    config = replace(MODELS[name], **overrides)
+    if "frontend" in overrides:
+        return config
+    # The front end pads clips to the length that the model takes.
+    frames = config.frontend.frames and config.frames
+    return replace(config, frontend=replace(config.frontend, frames=frames, mel_bins=config.mel_bins))
 
 
 def replace(config: Config, **overrides: Any) -> Config:

@@ -1080,3 +1080,18 @@ def test_hub_ids(folder, monkeypatch, hub_id):
     monkeypatch.setattr(pretrained, "snapshot_download", download)
     assert audiomae.load(hub_id, mask_ratio=0.5).config.mask_ratio == 0.5
     assert asked == [(hub_id, ["config.json", "model.safetensors", "upstream.safetensors"])]
+
+
+def test_the_front_end_follows_the_length_of_the_model():
+    assert audiomae.create_model("audiomae_base", **ENCODER | DECODER).config.frontend.frames == 64
+    assert small("mae_ast_patch_base").config.frontend.frames is None
+    kept = Frontend.named("esc50")
+    assert small("audiomae_base", frontend=kept).config.frontend is kept
+    model = small("audiomae_base", frames=96)
+    assert model(model.config.frontend(torch.randn(1, 8000).double())).loss.isfinite()
+
+
+def test_overlapping_patches_have_positions_on_the_right_grid():
+    assert model_config("audiomae_base").positions == "transposed"
+    assert model_config("audiomae_base", stride=(10, 10)).positions == "grid"
+    assert model_config("audiomae_base", stride=(10, 10), positions="transposed").positions == "transposed"
