@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from audiomae_kernels import _checks
 from torch import Tensor, nn
 
 from .config import ClassifierConfig
 from .masking import Mask
-from .model import Output, SpectrogramModel, check_spectrogram
+from .model import Output, SpectrogramModel, check_spectrogram, init_vit
 
 
 class Classifier(SpectrogramModel):
@@ -27,12 +28,7 @@ class Classifier(SpectrogramModel):
         super().__init__(config)
         self.fc_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, config.num_classes)
-        for module in self.encoder.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        if self.encoder.prefix is not None:
-            nn.init.trunc_normal_(self.encoder.prefix, std=0.02)
+        init_vit(self.encoder)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
 
@@ -45,6 +41,10 @@ class Classifier(SpectrogramModel):
     ) -> Mask:
         """Structured masking with `mask_time` and `mask_frequency`; one of them must be set."""
         c = self.config
+        if not (c.mask_time or c.mask_frequency):
+            raise ValueError(
+                "this classifier masks nothing: set mask_time or mask_frequency in its configuration"
+            )
         grid, common = c.grid(frames), {"generator": generator, "device": device}
         if not c.mask_frequency:
             return Mask.time(batch, grid, c.mask_time, **common)
@@ -94,10 +94,14 @@ class Classifier(SpectrogramModel):
         """Cross-entropy for (B,) int64 labels, binary cross-entropy for (B, C) float ones; fp32."""
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if labels.dtype == torch.int64 and labels.shape == logits.shape[:1]:
-            return F.cross_entropy(precise, labels)
-        if labels.is_floating_point() and labels.shape == logits.shape:
-            return F.binary_cross_entropy_with_logits(precise, labels.to(precise.dtype))
-        raise ValueError(
-            f"labels must be int64 of shape {tuple(logits.shape[:1])} (one class a clip) or float of shape "
-            f"{tuple(logits.shape)} (any number of classes), got {labels.dtype} of shape {tuple(labels.shape)}"
-        )
+            loss = F.cross_entropy(precise, labels)
+        elif labels.is_floating_point() and labels.shape == logits.shape:
+            loss = F.binary_cross_entropy_with_logits(precise, labels.to(precise.dtype))
+        else:
+            raise ValueError(
+                f"labels must be int64 of shape {tuple(logits.shape[:1])} (one class a clip) or float of shape "
+                f"{tuple(logits.shape)} (any number of classes), got {labels.dtype} of shape {tuple(labels.shape)}"
+            )
+        if _checks.ASSERTS:
+            _checks.assert_not_nan("classifier", loss)
+        return loss

@@ -19,6 +19,7 @@ from .classifier import Classifier
 from .config import list_models
 from .create import create_model, load
 from .data import load_batch, recordings
+from .frontend import num_frames
 from .model import MaskedAutoencoder, Output, SpectrogramModel
 from .upstream import load_upstream, position_layout
 
@@ -45,7 +46,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
 
-    embed = commands.add_parser("embed", help="clip embeddings of audio files")
+    embed = commands.add_parser(
+        "embed",
+        help="clip embeddings of audio files",
+        description="Writes one embedding per file: the mean over the patch tokens. Clips are cut or padded to the "
+        "length the model was made for (10.24 s for AudioSet models).",
+    )
     embed.add_argument("files", nargs="+", type=Path, metavar="FILE", help="WAV, FLAC, OGG or MP3")
     embed.add_argument(
         "--model", required=True, help="a path, a hub id, or a name: " + ", ".join(list_models())
@@ -216,6 +222,8 @@ def embed_files(model: SpectrogramModel, files: Sequence[Path], batch_size: int 
                     f"{file}: {length} samples at {frontend.sample_rate} Hz are too short, "
                     f"the model needs {shortest} frames of 25 ms every 10 ms"
                 )
+            if num_frames(length, frontend.sample_rate) > frontend.num_frames(length):
+                print(f"{file}: embedded up to frame {frontend.frames}, the model's length", file=sys.stderr)
         spectrogram = frontend(waveform.to(device), lengths.to(device))
         tokens = model.encode(spectrogram)[:, model.num_prefix_tokens :]
         rows.append(tokens.mean(dim=1).float().cpu())
@@ -226,6 +234,8 @@ def embed_files(model: SpectrogramModel, files: Sequence[Path], batch_size: int 
 
 
 def _convert(options: argparse.Namespace) -> None:
+    if options.output.is_file():
+        raise FileExistsError(f"OUT is a folder to write, but {options.output} is a file")
     model = load_upstream(options.input, **_overrides(options))
     model.save_pretrained(options.output)
     kind, carried = model.upstream.kind, len(model.upstream.extras)
@@ -242,10 +252,14 @@ def _verify(options: argparse.Namespace) -> None:
     if isinstance(model, MaskedAutoencoder):
         blocks = f", {c.num_decoder_blocks} blocks of width {c.decoder_width}" if c.decoder != "none" else ""
         print(f"decoder           {c.decoder}{blocks}")
-    if c.positions in ("transposed", "grid"):
-        print(f"position layout   {position_layout(model.encoder.positions.table, c.grid())}")
-    else:
-        print(f"position layout   {c.positions}")
+    layouts = [
+        position_layout(part.positions.table, c.grid())
+        if c.positions in ("transposed", "grid")
+        else c.positions
+        for part in (model.encoder, getattr(model, "decoder", None))
+        if part is not None
+    ]
+    print(f"position layout   {', decoder '.join(layouts)}")
     print("missing keys      none")
     extras = sorted(model.upstream.extras) if model.upstream is not None else []
     print(f"unexpected keys   {', '.join(extras) or 'none'}")
@@ -264,7 +278,7 @@ def _trial(model: SpectrogramModel) -> dict[str, str]:
     """What the model makes of a real recording; a ValueError where that is not finite."""
     recording = recordings()[-1]
     spectrogram = model.config.frontend(*load_batch([recording], model.config.frontend))
-    limit = model.encoder.positions.max_frames
+    limit = model.encoder.positions.max_steps
     if limit is not None:
         spectrogram = spectrogram[:, : model.config.frames]
     if isinstance(model, Classifier):

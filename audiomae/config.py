@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from .frontend import Frontend
 from .masking import check_ratio
@@ -21,7 +22,7 @@ INPUT_NORMS = ("none", "auto", "batch", "running")
 IMPLEMENTATIONS = (None, "reference", "native", "triton")
 
 
-def _suggest(name: str, known) -> str:
+def suggest(name: str, known) -> str:
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
@@ -60,7 +61,7 @@ def _check_loss_weights(reconstruction: float, info_nce: float) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class EncoderConfig:
     """A Vision Transformer over spectrogram patches.
 
@@ -78,8 +79,10 @@ class EncoderConfig:
             interleaved sinusoids over the token index; "learned" SSAST's parameter.
         input_norm: "none", or MAE-AST's batch norm over the whole spectrogram, times 0.5: with the batch's
             statistics ("batch"), the running ones ("running"), or by train/eval mode ("auto").
-        dropout, attention_dropout, input_dropout, layer_drop, drop_path: regularisation rates; drop_path
-            rises linearly over the depth.
+        dropout, attention_dropout: regularisation rates in every block.
+        input_dropout: of the visible tokens' embeddings when there is a mask.
+        layer_drop: of whole layers, in encoder and decoder.
+        drop_path: of the encoder's branches, clip by clip; rises linearly over the depth.
         impl: kernel implementation: None (the best there is), "reference", "native" or "triton".
         frontend: how a waveform becomes this model's input.
     """
@@ -129,6 +132,17 @@ class EncoderConfig:
                 f"a patch of {self.patch} does not fit into {self.frames} frames x {self.mel_bins} mel bins"
             )
 
+    # Other people's trainers read these: outputs that are not predictions, and the configuration for the log.
+    keys_to_ignore_at_inference: ClassVar = ["mask"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; `from_dict` reads it back."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"type": type(self).__name__, **fields, "frontend": self.frontend.to_dict()}
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
     @property
     def step(self) -> tuple[int, int]:
         """(frames, mel bins) between neighbouring patches."""
@@ -147,7 +161,7 @@ class EncoderConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class MAEConfig(EncoderConfig):
     """Masked autoencoder: Audio-MAE (Huang et al. 2022) or MAE-AST (Baade et al. 2022).
 
@@ -210,13 +224,14 @@ class MAEConfig(EncoderConfig):
         return {"window": 16, "global": 8, "hybrid": 12, "none": 0}[self.decoder]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class SSASTConfig(EncoderConfig):
     """SSAST (Gong et al. 2022), the full-token baseline.
 
     Attributes:
         passes: 1 forward serves both losses, or 2 with a mask each, as the published code does.
-        masking, mask_ratio, reconstruction_weight, info_nce_weight: as in `MAEConfig`.
+        masking, mask_ratio: as in `MAEConfig`.
+        reconstruction_weight, info_nce_weight: of the two losses; both are always computed.
     """
 
     family: str = "ssast"
@@ -235,7 +250,7 @@ class SSASTConfig(EncoderConfig):
         _check_loss_weights(self.reconstruction_weight, self.info_nce_weight)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ClassifierConfig(EncoderConfig):
     """A pre-trained encoder with mean pooling, a LayerNorm and a linear head.
 
@@ -254,6 +269,11 @@ class ClassifierConfig(EncoderConfig):
         _check_count("num_classes", self.num_classes)
         for name in ("mask_time", "mask_frequency"):
             _check_rate(name, getattr(self, name))
+        labels = self.frontend.labels
+        if labels is not None and len(labels) != self.num_classes:
+            raise ValueError(
+                f"the front end names {len(labels)} labels, but num_classes is {self.num_classes}"
+            )
 
 
 Config = MAEConfig | SSASTConfig | ClassifierConfig
@@ -313,7 +333,7 @@ def model_config(name: str, **overrides: Any) -> MAEConfig | SSASTConfig:
         ValueError: no such model, or no such field; near names are suggested.
     """
     if name not in MODELS:
-        raise ValueError(f"there is no model {name!r}{_suggest(name, MODELS)} (see audiomae.list_models())")
+        raise ValueError(f"there is no model {name!r}{suggest(name, MODELS)} (see audiomae.list_models())")
     if MODELS[name].positions == "transposed" and overrides.get("stride"):
         overrides.setdefault("positions", "grid")  # as published: overlapping patches have the right grid
     config = replace(MODELS[name], **overrides)
@@ -329,18 +349,12 @@ def replace(config: Config, **overrides: Any) -> Config:
     names = [f.name for f in dataclasses.fields(config)]
     for key in overrides:
         if key not in names:
-            raise ValueError(f"{type(config).__name__} has no field {key!r}{_suggest(key, names)}")
+            raise ValueError(f"{type(config).__name__} has no field {key!r}{suggest(key, names)}")
     return dataclasses.replace(config, **{key: _tupled(value) for key, value in overrides.items()})
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """JSON-able form; `from_dict` reads it back."""
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return {"type": type(config).__name__, **fields, "frontend": config.frontend.to_dict()}
-
-
 def from_dict(data: dict[str, Any]) -> Config:
-    """The configuration that `to_dict` wrote.
+    """The configuration whose `to_dict` is `data`.
 
     Raises:
         ValueError: an unknown type or field.
@@ -356,7 +370,7 @@ def from_dict(data: dict[str, Any]) -> Config:
     config = types[data["type"]]
     known = {f.name for f in dataclasses.fields(config)}
     if unknown := sorted(set(fields) - known):
-        raise ValueError(f"{config.__name__} has no field {unknown[0]!r}{_suggest(unknown[0], known)}")
+        raise ValueError(f"{config.__name__} has no field {unknown[0]!r}{suggest(unknown[0], known)}")
     if "frontend" in fields:
         fields["frontend"] = Frontend.from_dict(fields["frontend"])
     return config(**fields)

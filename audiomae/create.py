@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .classifier import Classifier
-from .config import ClassifierConfig, EncoderConfig, model_config, replace
+from .config import ClassifierConfig, EncoderConfig, list_models, model_config, replace, suggest
 from .model import MaskedAutoencoder, SpectrogramModel
 from .pretrained import build, load_folder
 from .ssast import SSAST
@@ -118,9 +118,11 @@ def load(source: str | Path, **overrides: Any) -> SpectrogramModel:
         return load_folder(path, overrides)
     if path.is_file():
         return load_upstream(path, **overrides)
+    if str(source) in list_models():
+        raise FileNotFoundError(f"{source} names an untrained model: create_model({str(source)!r}) makes it")
     if path.suffix in _CHECKPOINTS or path.is_absolute() or str(source).count("/") != 1:
         raise FileNotFoundError(
-            f"there is no file or folder {source}; a hub id looks like owner/name, "
-            "and list_models() names the untrained models for create_model()"
+            f"there is no file or folder {source}{suggest(str(source), list_models())} (a hub id looks like "
+            "owner/name)"
         )
     return SpectrogramModel.from_pretrained(str(source), **overrides)

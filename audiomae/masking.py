@@ -46,6 +46,8 @@ class Mask:
         if not isinstance(ids_keep, Tensor) or ids_keep.dtype != torch.int64:
             given = ids_keep.dtype if isinstance(ids_keep, Tensor) else type(ids_keep).__name__
             raise TypeError(f"ids_keep must be an int64 tensor of token ids, got {given}")
+        if not isinstance(num_tokens, int):
+            raise TypeError(f"num_tokens must be an integer, got {type(num_tokens).__name__}")
         if ids_keep.ndim != 2 or ids_keep.shape[0] == 0 or not 1 <= ids_keep.shape[1] <= num_tokens:
             raise ValueError(
                 f"ids_keep must have shape (B, K) with B >= 1 and 1 <= K <= {num_tokens}, the number of tokens; "
@@ -106,7 +108,7 @@ class Mask:
         Keeps max(1, int(L * (1 - ratio))) tokens of each clip. `shared` draws one mask for the whole batch
         (MAE-AST's `random_mask_batched`).
         """
-        keep = _num_kept(num_tokens, ratio)
+        keep = num_kept(num_tokens, ratio)
         noise = _rand(1 if shared else batch, num_tokens, generator, device, batch)
         shuffled = noise.argsort(dim=1)
         ids_keep, ids_masked = shuffled[:, :keep], shuffled[:, keep:].sort(dim=1).values
@@ -158,7 +160,7 @@ class Mask:
     @classmethod
     def _rectangle(cls, batch, grid, time_ratio, frequency_ratio, generator, device) -> Mask:
         def draw(size: int, ratio: float | None) -> Tensor:  # (B, kept) ascending
-            keep = size if ratio is None else _num_kept(size, ratio)
+            keep = size if ratio is None else num_kept(size, ratio)
             return _rand(batch, size, generator, device).argsort(dim=1)[:, :keep].sort(dim=1).values
 
         times, bands = draw(grid[0], time_ratio), draw(grid[1], frequency_ratio)
@@ -354,13 +356,14 @@ def _check_ratio(ratio: float) -> None:
         raise ValueError(f"the mask ratio must lie between 0 and 1, both excluded, got {ratio}")
 
 
-def _num_kept(num_tokens: int, ratio: float) -> int:
+def num_kept(num_tokens: int, ratio: float) -> int:
+    """Visible tokens at a mask ratio: max(1, int(L * (1 - ratio))), as published."""
     _check_ratio(ratio)
     return max(1, int(num_tokens * (1.0 - ratio)))
 
 
 def _num_masked(num_tokens: int, ratio: float) -> int:
-    return num_tokens - _num_kept(num_tokens, ratio)
+    return num_tokens - num_kept(num_tokens, ratio)
 
 
 def _device(generator: torch.Generator | None, device: torch.device | str | None):

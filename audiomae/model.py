@@ -17,7 +17,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from audiomae_kernels import info_nce, masked_mse, patch_gather, unshuffle, window_attention
+from audiomae_kernels import (
+    implementations,
+    info_nce,
+    masked_mse,
+    patch_gather,
+    unshuffle,
+    window_attention,
+)
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -51,6 +58,16 @@ pytree.register_pytree_node(
     serialized_type_name="audiomae.Output",
     flatten_with_keys_fn=lambda out: ([(pytree.MappingKey(k), v) for k, v in out.items()], list(out)),
 )
+
+
+def require(impl: str | None, *ops: str) -> None:
+    """Raises RuntimeError if an implementation that was asked for by name does not exist here for these ops."""
+    if impl in (None, "reference"):
+        return
+    for op in ops:
+        for served in implementations(op, {"native": "cpu", "triton": "cuda"}[impl]):
+            if served.name == impl and not served.available:
+                raise RuntimeError(f"impl={impl!r} cannot run. {served.reason}")
 
 
 # -- positions -----------------------------------------------------------------------------------------------
@@ -97,7 +114,7 @@ class Positions(nn.Module):
             self.register_buffer("table", torch.cat([torch.zeros(prefix, width), table])[None])
 
     @property
-    def max_frames(self) -> int | None:
+    def max_steps(self) -> int | None:
         """Time steps of the longest clip, None where only the number of tokens is bounded."""
         return None if self.kind == "flat" else self.grid[0]
 
@@ -153,6 +170,7 @@ class WindowAttention(nn.Module):
         self, width: int, heads: int, window: Grid, shift: Grid, bias_dropout: float, impl: str | None
     ):
         super().__init__()
+        require(impl, "window_attention")
         self.window, self.shift, self.impl = window, shift, impl
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -196,6 +214,21 @@ class DropPath(nn.Module):
         return x * keep / (1.0 - self.rate)
 
 
+class LayerDrop(nn.Module):
+    """Leaves a whole layer out for all of a batch (Fan et al. 2020)."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output y, or its input x."""
+        if not self.training or self.rate == 0.0:
+            return y
+        # A choice on the device: no wait for it, and the same parameters are used on every rank.
+        return torch.where(torch.rand((), device=x.device) < self.rate, x, y)
+
+
 class Block(nn.Module):
     """Attention and MLP, each with a LayerNorm and a skip connection.
 
@@ -210,7 +243,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = attention
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp = Mlp(width, round(width * mlp_ratio))
         self.dropout = dropout
 
     def forward(self, x: Tensor, *window: Grid | Tensor) -> Tensor:
@@ -260,6 +293,16 @@ def spectrogram_norm(c: EncoderConfig) -> nn.Module:
     return nn.Identity() if c.input_norm == "none" else SpectrogramNorm(c.input_norm)
 
 
+def init_vit(encoder: Encoder) -> None:
+    """The Vision Transformer's initialisation, of blocks and prefix tokens."""
+    for module in encoder.blocks.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+    if encoder.prefix is not None:
+        nn.init.trunc_normal_(encoder.prefix, std=0.02)
+
+
 # -- encoder and decoder -------------------------------------------------------------------------------------
 
 
@@ -268,11 +311,13 @@ class Encoder(nn.Module):
 
     def __init__(self, c: EncoderConfig):
         super().__init__()
+        require(c.impl, "patch_gather")
         self.config = c
         self.patch_embed = nn.Linear(c.patch_values, c.width)
         self.prefix = nn.Parameter(torch.zeros(1, c.prefix_tokens, c.width)) if c.prefix_tokens else None
         self.positions = Positions(c.positions, c.grid(), c.prefix_tokens, c.width)
         self.input_dropout = nn.Dropout(c.input_dropout)
+        self.layer_drop = LayerDrop(c.layer_drop)
         self.input_norm = (
             nn.Sequential(nn.LayerNorm(c.width, eps=c.norm_eps), nn.Dropout(c.dropout))
             if c.norm == "post"
@@ -291,18 +336,19 @@ class Encoder(nn.Module):
     ) -> Tensor | tuple[Tensor, ...]:
         """(B, T, F), (R, K) token ids (None: all) -> (R, P + K, D), or one of these for each of `layers`."""
         grid = self.config.grid(spectrogram.shape[1])
+        _, positions = self.positions(grid)
         if ids_keep is None:
             tokens = torch.arange(grid[0] * grid[1], device=spectrogram.device)
-            ids_keep = tokens.expand(spectrogram.shape[0], -1)
-        _, positions = self.positions(grid)
-        x = self.embed(spectrogram, ids_keep) + F.embedding(ids_keep, positions)
+            x = self.embed(spectrogram, tokens.expand(spectrogram.shape[0], -1)) + positions
+        else:  # as published, the input's dropout belongs to masking
+            x = self.input_dropout(self.embed(spectrogram, ids_keep)) + F.embedding(ids_keep, positions)
         return self.transform(x, grid, layers)
 
     def embed(self, spectrogram: Tensor, ids: Tensor) -> Tensor:
         """(B, T, F), (R, K) -> (R, K, D): linear patch embeddings without positions."""
         c = self.config
         patches = patch_gather(spectrogram, ids, patch=c.patch, stride=c.stride, impl=c.impl)
-        return self.input_dropout(self.patch_embed(patches.to(self.patch_embed.weight.dtype)))
+        return self.patch_embed(patches.to(self.patch_embed.weight.dtype))
 
     def transform(
         self, x: Tensor, grid: Grid, layers: Sequence[int] | None = None
@@ -314,11 +360,7 @@ class Encoder(nn.Module):
         x = self.input_norm(x)
         hidden = []
         for i, block in enumerate(self.blocks, start=1):
-            y = block(x)
-            if self.training and self.config.layer_drop:
-                # A choice on the device: no wait for it, and the same parameters are used on every rank.
-                y = torch.where(torch.rand((), device=x.device) < self.config.layer_drop, x, y)
-            x = y
+            x = self.layer_drop(x, block(x))
             if layers is not None and i in layers:
                 hidden.append(x)
         return self.norm(x) if layers is None else tuple(hidden)
@@ -329,6 +371,7 @@ class Decoder(nn.Module):
 
     def __init__(self, c: MAEConfig):
         super().__init__()
+        require(c.impl, "unshuffle")
         self.config = c
         width, heads = c.decoder_width, c.decoder_heads
         # MAE-AST hands the encoder's output over as it is.
@@ -346,6 +389,7 @@ class Decoder(nn.Module):
             self._window_block(c, shifted=i % 2 == 1) if i < local else global_block(c, width, heads)
             for i in range(depth)
         )
+        self.layer_drop = LayerDrop(c.layer_drop)
         self.norm = nn.LayerNorm(width, eps=c.norm_eps) if c.norm == "pre" else nn.Identity()
         self.register_buffer("offsets", log_offsets(self._window(c.grid())), persistent=False)
 
@@ -386,7 +430,8 @@ class Decoder(nn.Module):
         x = self.input_norm(tokens)
         offsets = self._offsets(grid)
         for block in self.blocks:
-            x = block(x, grid, offsets) if isinstance(block.attn, WindowAttention) else block(x)
+            window = (grid, offsets) if isinstance(block.attn, WindowAttention) else ()
+            x = self.layer_drop(x, block(x, *window))
         masked = (mask.ids_masked + prefix)[:, :, None].expand(-1, -1, x.shape[2])
         return self.norm(x.gather(1, masked))
 
@@ -454,9 +499,10 @@ class SpectrogramModel(nn.Module, PretrainedMixin):
         spectrogram = check_spectrogram(spectrogram, lengths, self.encoder)
         if mask is not None:
             check_mask(mask, spectrogram, self.config)
-        if layers is not None and not all(1 <= layer <= self.config.depth for layer in layers):
+        numbers = range(1, self.config.depth + 1)
+        if layers is not None and not (isinstance(layers, Sequence) and set(layers) <= set(numbers)):
             raise ValueError(
-                f"layers must be block numbers from 1 to {self.config.depth}, got {list(layers)}"
+                f"layers must be a sequence of block numbers from 1 to {self.config.depth}, got {layers!r}"
             )
         ids_keep = None if mask is None else mask.ids_keep
         return self.encoder(self.spectrogram_norm(spectrogram), ids_keep, layers)
@@ -475,8 +521,10 @@ class MaskedAutoencoder(SpectrogramModel):
         if config.decoder != "none":
             self.decoder = Decoder(config)
             if config.reconstruction_weight:
+                require(config.impl, "masked_mse")
                 self.reconstruction_head = nn.Linear(config.decoder_width, config.patch_values)
             if config.info_nce_weight:
+                require(config.impl, "info_nce")
                 self.info_nce_head = nn.Linear(config.decoder_width, config.patch_values)
         self._init_weights()
 
@@ -551,7 +599,10 @@ class MaskedAutoencoder(SpectrogramModel):
 
 def check_spectrogram(spectrogram: Tensor, lengths: Tensor | None, encoder: Encoder) -> Tensor:
     """The spectrogram as (B, T, F), if the encoder can take it; a ValueError that says why not otherwise."""
-    c, shape = encoder.config, tuple(spectrogram.shape)
+    c = encoder.config
+    if not isinstance(spectrogram, Tensor):
+        raise TypeError(f"the spectrogram must be a tensor, got {type(spectrogram).__name__}")
+    shape = tuple(spectrogram.shape)
     if spectrogram.ndim == 4 and shape[1] == 1:
         spectrogram = spectrogram[:, 0]
     if spectrogram.ndim != 3:
@@ -569,7 +620,7 @@ def check_spectrogram(spectrogram: Tensor, lengths: Tensor | None, encoder: Enco
         )
     if frames < c.patch[0]:
         raise ValueError(f"a clip needs at least {c.patch[0]} frames (one patch), got {frames}")
-    grid, limit = c.grid(frames), encoder.positions.max_frames
+    grid, limit = c.grid(frames), encoder.positions.max_steps
     if (limit is not None and grid[0] > limit) or grid[0] * grid[1] > MAX_FLAT_TOKENS:
         reach = f"{c.frames} frames" if limit is not None else f"{MAX_FLAT_TOKENS} tokens"
         raise ValueError(
@@ -581,6 +632,12 @@ def check_spectrogram(spectrogram: Tensor, lengths: Tensor | None, encoder: Enco
         if given.shape != (batch,) or given.is_floating_point():
             raise ValueError(
                 f"lengths must hold one integer for each of {batch} clips, got {given.dtype} {tuple(given.shape)}"
+            )
+        # On a GPU a look at the values would wait for the device.
+        looks = given.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looks and not ((given >= 1) & (given <= frames)).all():
+            raise ValueError(
+                f"lengths must lie between 1 and the {frames} frames given, got {given.tolist()}"
             )
     return spectrogram
 

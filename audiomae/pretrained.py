@@ -18,6 +18,13 @@ from . import config as configs
 if TYPE_CHECKING:
     from .model import SpectrogramModel
 
+_CARD = """---
+{{ card_data }}
+---
+
+Weights of an `audiomae` model, of the kind and sizes in `config.json`: `audiomae.load(<this folder or hub id>)`.
+"""
+
 # Filled by the model classes: which configuration builds which of them.
 _MODELS: dict[type, type[SpectrogramModel]] = {}
 
@@ -44,7 +51,9 @@ def build(config: configs.Config) -> SpectrogramModel:
     return _MODELS[type(config)](config)
 
 
-class PretrainedMixin(ModelHubMixin, library_name="audiomae", tags=["audio", "masked-autoencoder"]):
+class PretrainedMixin(
+    ModelHubMixin, library_name="audiomae", tags=["audio", "masked-autoencoder"], model_card_template=_CARD
+):
     """`save_pretrained(folder)`, `from_pretrained(folder or hub id)` and `push_to_hub(hub id)`.
 
     A model that came from a published checkpoint takes along what it had no use for (`upstream`), so that
@@ -60,8 +69,7 @@ class PretrainedMixin(ModelHubMixin, library_name="audiomae", tags=["audio", "ma
             _MODELS[cls.config_class] = cls
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        written = json.dumps(configs.to_dict(self.config), indent=2)
-        (save_directory / CONFIG).write_text(written + "\n")
+        (save_directory / CONFIG).write_text(self.config.to_json_string())
         state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         save_file(state, save_directory / WEIGHTS, metadata={"format": "pt"})
         (save_directory / EXTRAS).unlink(missing_ok=True)  # of a model that was here before
@@ -121,9 +129,11 @@ def load_folder(folder: Path, overrides: dict[str, Any]) -> SpectrogramModel:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} is no model configuration: {error}") from error
     state = read_safetensors(folder / WEIGHTS)
-    model = build(configs.replace(config, **overrides))
-    model.to(next((t.dtype for t in state.values() if t.is_floating_point()), None))
-    load_weights(model, state, folder / WEIGHTS)
+    config = configs.replace(config, **overrides)
+    with torch.device("meta"):  # shapes first: nothing is allocated before everything fits
+        check_weights(build(config), state, folder / WEIGHTS)
+    model = build(config).to(next((t.dtype for t in state.values() if t.is_floating_point()), None))
+    model.load_state_dict(state, assign=True)  # each tensor keeps its own dtype
     if (folder / EXTRAS).is_file():
         extras = read_safetensors(folder / EXTRAS)
         with safe_open(folder / EXTRAS, "pt") as file:
@@ -141,8 +151,8 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} is no intact safetensors file: {error}") from error
 
 
-def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], source: object) -> None:
-    """`load_state_dict` that checks names and shapes first and says all that is wrong in one sentence."""
+def check_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], source: object) -> None:
+    """Compares names and shapes with a model's, and says all that is wrong in one sentence."""
     own = model.state_dict()
     problems = [f"{name} is missing" for name in own if name not in state]
     problems += [f"{name} is unexpected" for name in state if name not in own]
@@ -154,4 +164,3 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], source:
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"the weights in {source} do not fit the model: {'; '.join(problems[:5])}{more}")
-    model.load_state_dict(state)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import SSASTConfig
 from .masking import Mask
-from .model import Output, SpectrogramModel, check_mask, check_spectrogram
+from .model import Output, SpectrogramModel, check_mask, check_spectrogram, init_vit, require
 
 
 class SSAST(SpectrogramModel):
@@ -26,15 +26,11 @@ class SSAST(SpectrogramModel):
 
     def __init__(self, config: SSASTConfig):
         super().__init__(config)
+        require(config.impl, "unshuffle", "masked_mse", "info_nce")
         self.mask_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.reconstruction_head = self._head(config)
         self.info_nce_head = self._head(config)
-        for module in self.encoder.modules():
-            if isinstance(module, nn.Linear) and module is not self.encoder.patch_embed:
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        if self.encoder.prefix is not None:
-            nn.init.trunc_normal_(self.encoder.prefix, std=0.02)
+        init_vit(self.encoder)
         nn.init.xavier_normal_(self.mask_token)
 
     @staticmethod

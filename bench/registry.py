@@ -10,6 +10,7 @@ import torch
 
 from audiomae.config import MODELS as CONFIGS
 from audiomae.config import model_config
+from audiomae.masking import num_kept
 
 from . import flops
 
@@ -67,7 +68,7 @@ class Case:
 
     @property
     def kept(self) -> int:
-        return max(1, int(self.num_tokens * (1 - self.config().mask_ratio) + 1e-6))
+        return num_kept(self.num_tokens, self.config().mask_ratio)
 
     def cost(self) -> flops.Cost:
         """Of one clip's forward pass."""

@@ -46,7 +46,7 @@ def expect_pair(what: str, pair, minimum: int) -> tuple[int, int]:
     """A (time, frequency) pair of integers."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise ValueError(f"{what} must be a pair (time, frequency), got {pair!r}.")
-    if pair[0] < minimum or pair[1] < minimum:
+    if not all(isinstance(value, (int, torch.SymInt)) and value >= minimum for value in pair):
         raise ValueError(f"{what} must be a pair of integers of at least {minimum}, got {tuple(pair)}.")
     return tuple(pair)
 

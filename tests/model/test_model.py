@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from audiomae_kernels import OPS, implementations
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import audiomae
 from audiomae import Frontend, Mask, Output, pretrained
-from audiomae.config import MODELS, from_dict, model_config, replace, to_dict
+from audiomae.config import MODELS, from_dict, model_config, replace
 from audiomae.model import DropPath, SpectrogramNorm, log_offsets, sincos_2d, sinusoids_1d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,7 +71,7 @@ def test_every_named_model_builds(name, meta):
     assert len(model.encoder.blocks) == model.config.depth
     assert model.num_prefix_tokens == {"audiomae": 1, "mae_ast": 0, "ssast": 2}[model.config.family]
     assert model.config.patch == ((2, 128) if "frame" in name else (16, 16))
-    assert from_dict(json.loads(json.dumps(to_dict(model.config)))) == model.config
+    assert from_dict(json.loads(json.dumps(model.config.to_dict()))) == model.config
 
 
 def test_published_names_and_grids():
@@ -878,16 +879,22 @@ def test_lists_are_pairs():
     assert model_config("audiomae_base", patch=[32, 16], stride=[16, 16]).step == (16, 16)
 
 
-def test_nan_is_reported_on_request():
+@pytest.mark.parametrize("kind", ["autoencoder", "classifier"])
+def test_nan_is_reported_on_request(kind):
     """AUDIOMAE_CHECK=1 stops at a spectrogram with NaN; without it the loss is NaN (see above)."""
-    program = """
+    program = f"""
 import torch, audiomae
-sizes = {"width": 32, "heads": 2, "depth": 1, "frames": 32}
-model = audiomae.create_model("audiomae_base", **sizes, decoder_width=32, decoder_heads=2, decoder_depth=1)
+sizes = dict(width=32, heads=2, depth=1, frames=32)
+if {kind == "classifier"}:
+    model = audiomae.create_classifier("audiomae_base", 3, **sizes)
+    options = dict(labels=torch.zeros(1, 3))
+else:
+    model = audiomae.create_model("audiomae_base", **sizes, decoder_width=32, decoder_heads=2, decoder_depth=1)
+    options = dict()
 x = torch.zeros(1, 32, 128)
-print("finite", model(x).loss.isfinite().item())
+print("finite", model(x, **options).loss.isfinite().item())
 x[0, 5, 7] = float("nan")
-model(x)
+model(x, **options)
 """
     path = os.pathsep.join(p for p in sys.path if p)
     environment = os.environ | {"AUDIOMAE_CHECK": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -934,12 +941,12 @@ def test_save_and_load(name, dtype, tmp_path):
             if tensor.is_floating_point():
                 tensor.add_(torch.rand_like(tensor) * 0.1)
     model.to(dtype)
-    model.config = replace(model.config, frontend=Frontend.named("esc50", labels=("dog", "rain")))
+    model.config = replace(model.config, frontend=Frontend.named("esc50", labels=tuple("abcde")))
     model.save_pretrained(tmp_path / "made" / "here")
     assert_same(model, audiomae.load(tmp_path / "made" / "here"))
     assert_same(model, type(model).from_pretrained(str(tmp_path / "made" / "here")))
     written = json.loads((tmp_path / "made" / "here" / "config.json").read_text())
-    assert written["frontend"]["labels"] == ["dog", "rain"] and written["type"] == type(model.config).__name__
+    assert written["frontend"]["labels"] == list("abcde") and written["type"] == type(model.config).__name__
 
 
 def test_flat_positions_are_not_stored(tmp_path):
@@ -1061,12 +1068,15 @@ def test_paths_that_do_not_exist():
     for source in (
         "no/such/path.pth",
         "such/path.pth",
-        "audiomae_base",
         "/no/such/folder",
         Path("no/such/folder"),
     ):
-        with pytest.raises(FileNotFoundError, match=r"no file or folder .* a hub id looks like owner/name"):
+        with pytest.raises(FileNotFoundError, match=r"no file or folder .*a hub id looks like owner/name"):
             audiomae.load(source)
+    with pytest.raises(FileNotFoundError, match="did you mean audiomae_base"):
+        audiomae.load("audiomae_bas")
+    with pytest.raises(FileNotFoundError, match="audiomae_base names an untrained model"):
+        audiomae.load("audiomae_base")
 
 
 @pytest.mark.parametrize("hub_id", ["owner/name", "owner/name-v1.0", "owner/vit_base.audiomae_as2m"])
@@ -1095,3 +1105,64 @@ def test_overlapping_patches_have_positions_on_the_right_grid():
     assert model_config("audiomae_base").positions == "transposed"
     assert model_config("audiomae_base", stride=(10, 10)).positions == "grid"
     assert model_config("audiomae_base", stride=(10, 10), positions="transposed").positions == "transposed"
+
+
+def test_a_trainer_may_note_things_in_the_configuration():
+    """Hugging Face's Trainer sets `model.config.use_cache`, logs the configuration and collects predictions."""
+    model = small("audiomae_base")
+    model.config.use_cache = False
+    assert json.loads(model.config.to_json_string()) == json.loads(json.dumps(model.config.to_dict()))
+    out = model(spectrogram())
+    predictions = [out[name] for name in out if name not in model.config.keys_to_ignore_at_inference]
+    assert all(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(predictions))
+    assert not any(isinstance(value, Mask) for value in predictions)
+
+
+def test_input_dropout_is_part_of_masking():
+    model = small("mae_ast_patch_base", **STILL | {"input_dropout": 0.5}, input_norm="batch").train()
+    x, mask = spectrogram(), Mask.random(2, 32, 0.5)
+    assert torch.equal(model.encode(x), model.encode(x))
+    assert not torch.equal(model.encode(x, mask), model.encode(x, mask))
+
+
+def test_layer_drop_covers_the_decoder():
+    model = small("mae_ast_patch_base", **STILL | {"layer_drop": 0.999999}, input_norm="batch").train()
+    x, mask = spectrogram(), Mask.random(2, 32, 0.5)
+    loss = model(x, mask).loss
+    loss.backward()
+    for blocks in (model.encoder.blocks, model.decoder.blocks):
+        assert all(p.grad is not None and not p.grad.any() for p in blocks.parameters())
+
+
+@pytest.mark.parametrize("lengths", [[0, 64], [64, 65], torch.tensor([5000, -5])])
+def test_lengths_out_of_range(lengths):
+    with pytest.raises(ValueError, match="between 1 and the 64 frames given"):
+        small("audiomae_base").encode(spectrogram(), lengths=lengths)
+
+
+def test_what_is_no_tensor_or_no_list_of_layers():
+    model = small("audiomae_base")
+    with pytest.raises(TypeError, match="must be a tensor, got ndarray"):
+        model(spectrogram().numpy())
+    with pytest.raises(ValueError, match="sequence of block numbers from 1 to 2, got 2"):
+        model.encode(spectrogram(), layers=2)
+    with pytest.raises(TypeError, match="num_tokens must be an integer, got float"):
+        Mask.from_keep(torch.zeros(1, 1, dtype=torch.int64), 4.0)
+
+
+def test_an_implementation_that_does_not_exist_is_refused_when_the_model_is_built():
+    for impl in ("native", "triton"):
+        device = {"native": "cpu", "triton": "cuda"}[impl]
+        missing = [
+            op for op in OPS for s in implementations(op, device) if s.name == impl and not s.available
+        ]
+        if missing:
+            with pytest.raises(RuntimeError, match=f"impl='{impl}' cannot run"):
+                small("mae_ast_patch_base", impl=impl, decoder="hybrid", decoder_depth=2, global_blocks=1)
+
+
+def test_labels_and_classes_must_agree():
+    with pytest.raises(ValueError, match="names 2 labels, but num_classes is 5"):
+        small_classifier(frontend=Frontend.named("esc50", frames=64, labels=("dog", "rain")))
+    with pytest.raises(ValueError, match="set mask_time or mask_frequency"):
+        small_classifier().draw_mask(2)
