@@ -133,7 +133,8 @@ def load_folder(folder: Path, overrides: dict[str, Any]) -> SpectrogramModel:
     with torch.device("meta"):  # shapes first: nothing is allocated before everything fits
         check_weights(build(config), state, folder / WEIGHTS)
     model = build(config).to(next((t.dtype for t in state.values() if t.is_floating_point()), None))
-    model.load_state_dict(state, assign=True)  # each tensor keeps its own dtype
+    # Each tensor keeps its own dtype; the copy leaves the file's memory, which is not aligned for fast products.
+    model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     if (folder / EXTRAS).is_file():
         extras = read_safetensors(folder / EXTRAS)
         with safe_open(folder / EXTRAS, "pt") as file:
