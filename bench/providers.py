@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import audiomae
+from audiomae.pretrained import build as build_model
 
 from . import plain
 from .data import visible_tokens
@@ -33,15 +34,10 @@ def build_plain(case: Case) -> nn.Module:
     )
 
 
-def build_ours(case: Case) -> nn.Module:
-    config = case.config()
-    fields = {key: getattr(config, key) for key in config.__dataclass_fields__ if key != "family"}
-    return audiomae.create_model(case.model, **fields)
-
-
 def build(case: Case) -> nn.Module:
     """The provider's model with random weights, on the CPU, in training mode."""
-    return {"plain": build_plain, "ours": build_ours}[case.provider](case).train()
+    model = build_plain(case) if case.provider == "plain" else build_model(case.config())
+    return model.train()
 
 
 def allocate(case: Case, device: str) -> nn.Module:
