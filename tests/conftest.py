@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 
 def pytest_configure(config):
@@ -37,8 +38,7 @@ def poisoned_empty(request, monkeypatch):
         yield
         return
     # torch.device() as a context remembers which functions make tensors, and must not remember these.
-    remembered = torch.utils._device._device_constructors
-    remembered.cache_clear()
+    _device_constructors.cache_clear()
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),
@@ -48,7 +48,7 @@ def poisoned_empty(request, monkeypatch):
     ):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
     yield
-    remembered.cache_clear()
+    _device_constructors.cache_clear()
 
 
 def _poisoned(allocate):
