@@ -54,7 +54,7 @@ print(_native.why_not() or "The native CPU library is built; tier: " + ", ".join
 endef
 export SAY_NATIVE
 
-.PHONY: help venv native test test-all bench lint clean
+.PHONY: help venv native test test-all test-triton bench lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -65,10 +65,13 @@ native: $(STAMPS)/native ## build the native CPU library into the checkout
 	@test -f $(LIBRARY)
 
 test: $(STAMPS)/dev $(STAMPS)/native ## run the fast tests
-	$(PY) -m pytest -m "not slow" $(PARALLEL) $(ARGS)
+	$(PY) -m pytest -m "not slow" --ignore=tests/triton $(PARALLEL) $(ARGS)
 
 test-all: $(STAMPS)/dev $(STAMPS)/native ## run all tests
-	$(PY) -m pytest $(PARALLEL) $(ARGS)
+	$(PY) -m pytest --ignore=tests/triton $(PARALLEL) $(ARGS)
+
+test-triton: $(STAMPS)/dev ## run the Triton kernels in Triton's interpreter, and lint their binaries
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton -m "not slow" $(PARALLEL) $(ARGS)
 
 bench: $(STAMPS)/bench $(STAMPS)/native ## run the quick benchmark of the models into bench/results/latest
 	$(PY) -m bench models --quick --out bench/results/latest $(ARGS)
