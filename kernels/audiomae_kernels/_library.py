@@ -59,7 +59,7 @@ class Implementation:
 
     forward: Callable
     backward: Callable | None = None
-    device_types: tuple[str, ...] | None = None  # None: any
+    device_types: Callable[[], tuple[str, ...]] | tuple[str, ...] | None = None  # None: any
     dtypes: tuple[torch.dtype, ...] | None = None  # of the op's first tensor; None: any
     unavailable: str = ""  # why it cannot run at all on this machine
     refuses: Callable[..., str] | None = None  # (tensors and options of the call) -> why not, or ""
@@ -68,8 +68,9 @@ class Implementation:
         """Why it does not serve tensors of `dtype` on `device`; empty if it does."""
         if self.unavailable:
             return self.unavailable
-        if self.device_types is not None and device.type not in self.device_types:
-            return f"It serves tensors on {' or '.join(self.device_types)}, not on {device.type}."
+        device_types = self.device_types() if callable(self.device_types) else self.device_types
+        if device_types is not None and device.type not in device_types:
+            return f"It serves tensors on {' or '.join(device_types)}, not on {device.type}."
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"It serves {', '.join(_short(d) for d in self.dtypes)}, not {_short(dtype)}."
         return ""

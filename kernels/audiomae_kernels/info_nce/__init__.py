@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from audiomae_kernels import _checks, _library
+from audiomae_kernels import _checks, _library, _triton
 from audiomae_kernels.info_nce.reference import info_nce_backward_ref, info_nce_forward_ref, info_nce_ref
 
 
@@ -63,3 +63,4 @@ def _backward(ctx, grad, _):
 
 _library.register_gradient("info_nce", _setup_context, _backward)
 _library.register("info_nce", "reference", info_nce_forward_ref, info_nce_backward_ref)
+_triton.register("info_nce")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from audiomae_kernels import _checks, _library
+from audiomae_kernels import _checks, _library, _triton
 from audiomae_kernels.masked_mse.reference import masked_mse_backward_ref, masked_mse_ref
 
 
@@ -69,3 +69,4 @@ def _backward(ctx, grad):
 
 _library.register_gradient("masked_mse", _setup_context, _backward)
 _library.register("masked_mse", "reference", masked_mse_ref, masked_mse_backward_ref)
+_triton.register("masked_mse")

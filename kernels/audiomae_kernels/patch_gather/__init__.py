@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from audiomae_kernels import _checks, _library
+from audiomae_kernels import _checks, _library, _triton
 from audiomae_kernels.patch_gather.reference import patch_gather_ref
 
 
@@ -64,3 +64,4 @@ _library.register(
     dtypes=_checks.FLOATS,
     unavailable=_library.native_refusal("patch_gather"),
 )
+_triton.register("patch_gather")

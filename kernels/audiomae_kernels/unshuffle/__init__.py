@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from audiomae_kernels import _checks, _library
+from audiomae_kernels import _checks, _library, _triton
 from audiomae_kernels.unshuffle.reference import unshuffle_backward_ref, unshuffle_ref
 
 
@@ -66,3 +66,4 @@ def _backward(ctx, grad):
 
 _library.register_gradient("unshuffle", _setup_context, _backward)
 _library.register("unshuffle", "reference", unshuffle_ref, unshuffle_backward_ref)
+_triton.register("unshuffle")

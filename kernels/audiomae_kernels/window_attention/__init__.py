@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from audiomae_kernels import _checks, _library
+from audiomae_kernels import _checks, _library, _triton
 from audiomae_kernels.window_attention.reference import (
     clip_window,
     window_attention_backward_ref,
@@ -130,3 +130,4 @@ def _backward(ctx, grad):
 
 _library.register_gradient("window_attention", _setup_context, _backward)
 _library.register("window_attention", "reference", window_attention_ref, window_attention_backward_ref)
+_triton.register("window_attention")

@@ -1,0 +1,104 @@
+"""The rules for binaries, and the comparison with a baseline that a person has looked at.
+
+The rules hold for every binary. Registers, shared memory, widths and matrix instructions are compared with
+tests/triton/baseline.json, which holds for one version of Triton: a difference there is no error of its own,
+but wants a look at the table before ``python -m audiomae_kernels.inspect --write-baseline FILE``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+
+import triton
+
+from audiomae_kernels.inspect.launches import Launch
+
+# What the compiler does not do wider, in bits. AMD's stores the result of a matrix instruction as it lies in
+# the registers, four values in a row; the kernel is bound by its products.
+NARROWER = {("gfx942", "info_nce_bwd_kernel", "d_x"): 64}
+REVIEWED = ("registers", "shared", "matrix", "loads", "stores")
+
+
+def load_launches(module: str, quick: bool = False) -> tuple[Launch, ...]:
+    """``LAUNCHES`` of a module by name, or the quick ones among them."""
+    return tuple(launch for launch in import_module(module).LAUNCHES if launch.quick or not quick)
+
+
+def key(row: dict) -> str:
+    pointers = "aligned" if row["aligned"] else "unaligned"
+    return " | ".join((row["launch"], row["kernel"], row["target"], row["dtype"], pointers))
+
+
+def violations(row: dict, launch: Launch) -> list[str]:
+    """What is wrong with one binary, a sentence each."""
+    found = []
+    if row["spills"] or row["local"]:
+        found.append(f"it spills ({row['spills']}) or has local memory ({row['local']} bytes)")
+    if row["atomics"]:
+        found.append(f"it has {row['atomics']} atomic instructions: sums would not be deterministic")
+    if row["reduced"] and row["dtype"] == "float32":
+        found.append(f"it has {row['reduced']} matrix instructions that round float32 to TF32")
+    if row["narrow"]:
+        found.append(f"{row['narrow']} offsets are multiplied with a run-time argument in 32 bits")
+    if row["dtype"] != "float32" and launch.flops.get(row["function"]) and not row["matrix"]:
+        found.append("its dots do not run on tensor cores")
+    if row["dtype"] == "bfloat16" and row["aligned"]:
+        for operand in launch.streams.get(row["function"], ()):
+            widths = row["loads"].get(operand, []) + row["stores"].get(operand, [])
+            least = NARROWER.get((row["target"], row["function"], operand), 128)
+            if not widths:
+                found.append(f"no access of its streaming operand {operand} was found")
+            elif min(widths) < least:
+                found.append(f"its streaming operand {operand} is accessed {min(widths)} bits at a time")
+    return [f"{key(row)}: {sentence}" for sentence in found]
+
+
+def traffic_violations(report: dict[str, dict], launches: Iterable[Launch]) -> list[str]:
+    """Streaming operands of which more bytes move than must, a sentence each."""
+    found = []
+    for launch in launches:
+        for kernel, operands in launch.streams.items():
+            for name, entry in report.items():
+                if not name.startswith(f"{launch.name} | {kernel} | "):
+                    continue
+                ratio, allowed = (
+                    moved_over_fewest(entry, operands, name.split(" | ")[2]),
+                    launch.allowed(kernel),
+                )
+                if allowed is not None and ratio > allowed:
+                    found.append(f"{name}: moves {ratio:.2f} times the fewest bytes, {allowed} is allowed")
+    return found
+
+
+def moved_over_fewest(entry: dict, operands: dict[str, int], dtype: str) -> float:
+    size = 4 if dtype == "float32" else 2
+    return sum(entry["operands"][name] for name in operands) / sum(n * size for n in operands.values())
+
+
+def compare(rows: Iterable[dict], baseline: dict) -> list[str]:
+    """Differences from the reviewed baseline, a sentence each; none for another version of Triton."""
+    if baseline["triton"] != triton.__version__:
+        return []
+    found = []
+    for row in rows:
+        reviewed = baseline["binaries"].get(key(row))
+        if reviewed is None:
+            found.append(f"{key(row)}: nobody has reviewed it")
+            continue
+        for name, was in zip(REVIEWED, reviewed, strict=True):
+            if row[name] != was:
+                found.append(f"{key(row)}: {name} is {row[name]}, and was {was} when reviewed")
+    return found
+
+
+def write_baseline(rows: Iterable[dict], path: Path) -> None:
+    """One binary a line, so that a review reads as a diff."""
+    lines = sorted(f"{json.dumps(key(row))}: {json.dumps([row[name] for name in REVIEWED])}" for row in rows)
+    body = ",\n".join(lines)
+    columns = json.dumps(REVIEWED)
+    path.write_text(
+        f'{{"triton": "{triton.__version__}", "columns": {columns}, "binaries": {{\n{body}\n}}}}\n'
+    )

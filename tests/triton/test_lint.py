@@ -1,0 +1,116 @@
+"""The binaries of every kernel, compiled for GPUs that are not there, obey the rules and the baseline.
+
+Processes of their own: one compiles, one interprets, and Triton cannot do both in one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from audiomae_kernels import _triton
+
+pytestmark = pytest.mark.skipif(not _triton.available(), reason=_triton.why_not())
+
+HERE = Path(__file__).parent
+BASELINE = HERE / "baseline.json"
+TARGETS = ("sm_90", "sm_120", "gfx942")  # of the broken kernels: in bfloat16, float32, bfloat16
+
+
+def inspect(tmp_path, *arguments):
+    """The report of ``python -m audiomae_kernels.inspect``, from an empty compile cache."""
+    report = tmp_path / "report.json"
+    paths = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(HERE)])
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": paths}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "audiomae_kernels.inspect", "--json", str(report), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert report.exists(), done.stderr
+    found = json.loads(report.read_text())
+    assert done.returncode == bool(found["findings"])
+    return found
+
+
+def test_quick_selection(tmp_path):
+    report = inspect(tmp_path, "--quick", "--baseline", str(BASELINE))
+    assert not report["findings"], "\n".join(report["findings"])
+    assert {row["target"] for row in report["rows"]} == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
+    assert {row["dtype"] for row in report["rows"]} == {"float32", "bfloat16", "float16"}
+
+
+@pytest.mark.slow
+def test_every_target_dtype_and_alignment(tmp_path):
+    report = inspect(tmp_path, "--baseline", str(BASELINE))
+    assert not report["findings"], "\n".join(report["findings"])
+    reviewed = json.loads(BASELINE.read_text())["binaries"]
+    assert len(reviewed) == len(report["rows"]), "the baseline holds binaries that no longer exist"
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """Findings about deliberately broken kernels: of their binaries by target and kernel, and of traffic."""
+    report = inspect(
+        tmp_path_factory.mktemp("broken"),
+        *("--launches", "broken_launches", "--targets", ",".join(TARGETS), "--quick", "--processes", "1"),
+    )
+    found = {place: {row["launch"]: [] for row in report["rows"]} for place in (*TARGETS, "traffic")}
+    for text in report["findings"]:
+        launch, _, target = text.split(": ")[0].split(" | ")[:3]
+        found[target if target in found else "traffic"][launch].append(text)
+    return found
+
+
+@pytest.mark.parametrize(
+    "launch, message, targets",
+    [
+        ("spilling", "it spills", ["sm_90"]),  # 16,384 values fit into the registers of an AMD wave
+        ("atomic", "atomic instructions", ["sm_90", "gfx942"]),
+        ("tf32", "round float32 to TF32", ["sm_120"]),
+        ("scalar", "streaming operand x is accessed 16 bits at a time", ["sm_90", "gfx942"]),
+        ("narrow", "multiplied with a run-time argument in 32 bits", ["sm_90", "gfx942"]),
+        ("scalar_dot", "its dots do not run on tensor cores", ["sm_90", "gfx942"]),
+    ],
+)
+def test_broken_kernels_are_found(broken, launch, message, targets):
+    for target in targets:
+        assert any(message in text for text in broken[target][launch]), broken[target][launch]
+
+
+def test_bytes_beyond_the_fewest_are_found(broken):
+    assert any("moves 1.50 times the fewest bytes" in text for text in broken["traffic"]["twice"])
+
+
+def test_a_fine_kernel_passes(broken):
+    assert all(broken[place]["fine"] == [] for place in broken)
+
+
+def test_differences_from_the_baseline_are_found():
+    from audiomae_kernels.inspect import lint
+
+    row = {"launch": "op", "kernel": "k", "target": "sm_90", "dtype": "bfloat16", "aligned": True}
+    row |= {"registers": 40, "shared": 0, "matrix": "", "loads": {"x": [128]}, "stores": {}}
+    reviewed = {"triton": lint.triton.__version__, "binaries": {lint.key(row): [40, 0, "", {"x": [128]}, {}]}}
+    assert lint.compare([row], reviewed) == []
+    (found,) = lint.compare([row | {"registers": 48}], reviewed)
+    assert found.endswith("registers is 48, and was 40 when reviewed")
+    (found,) = lint.compare([row | {"target": "sm_80"}], reviewed)
+    assert found.endswith("nobody has reviewed it")
+    assert lint.compare([row | {"registers": 48}], reviewed | {"triton": "0"}) == []
+
+
+def test_tables_label_predictions():
+    from audiomae_kernels.inspect import __main__ as command
+    from audiomae_kernels.inspect.launches import Launch
+
+    launch = Launch("op", lambda tensor, clips: None, {"k": {"x": 10**6}}, {"k": 10**9})
+    report = {"op | k | bfloat16": {"programs": 4, "operands": {"x": 2_200_000, "ids": 800}}}
+    header, _, row = command.traffic_table(report, [launch], clips=1000).splitlines()
+    cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (header, row)), strict=True))
+    assert cells["fewest bytes a clip"] == "2000000"
+    assert cells["moved / fewest"] == "1.100"
+    assert cells["bytes a program"] == "550200"
+    # 1 TFLOP at 312 TFLOP/s, and at 989; 2 GB at the data sheets' bandwidths take less
+    assert cells["A100, predicted us"] == "3205.1"
+    assert cells["H100, predicted us"] == "1011.1"
