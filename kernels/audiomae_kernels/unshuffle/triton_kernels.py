@@ -204,7 +204,7 @@ def unshuffle_backward_triton(
                 grad, ids_keep, d_tokens, K, L, *strides, D=D, BLOCK_K=block_k, BLOCK_D=block_d, num_warps=8
             )
         if (wants_mask_token or wants_pos) and D > 0:
-            block_l = 32 // grad.element_size()
+            block_l = 8
             blocks_l = max(triton.cdiv(L, block_l), 1)
             mask_partials = grad.new_empty(
                 SLICES * blocks_l if wants_mask_token else 0, D, dtype=torch.float32
