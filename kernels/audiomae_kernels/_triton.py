@@ -97,6 +97,7 @@ def _absent(*_, **__):
     raise RuntimeError(_why_not)
 
 
+@torch.compiler.assume_constant_result
 def _refuses_device(device: torch.device) -> str:
     # A fake CUDA tensor has no device to ask.
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():

@@ -194,11 +194,9 @@ def _config(pred: Tensor, target: Tensor, backward: bool) -> dict:
     """Tiles by dtype: 16-bit products run on tensor cores, float32 ones (IEEE, no TF32) do not."""
     V = max(triton.next_power_of_2(pred.shape[2]), 16)
     if pred.dtype == target.dtype and pred.dtype != torch.float32:
-        config = {"DOT": tl.bfloat16 if pred.dtype == torch.bfloat16 else tl.float16}
-        config |= {"BLOCK": 64, "BLOCK_V": min(V, 64), "BLOCK_OUT": min(V, 256)}
-    else:
-        config = {"DOT": tl.float32, "BLOCK": 32 if backward else 64, "BLOCK_V": 16, "BLOCK_OUT": min(V, 128)}
-    if not backward:
-        del config["BLOCK_OUT"]
-    # Fewer warps, or float32 blocks of more than 16 values, spill where the pointers are not aligned.
-    return config | {"num_warps": 8}
+        dot = tl.bfloat16 if pred.dtype == torch.bfloat16 else tl.float16
+        config = {"DOT": dot, "BLOCK": 64, "BLOCK_V": min(V, 64), "num_warps": 8}
+        return config | {"BLOCK_OUT": min(V, 256)} if backward else config
+    # Larger blocks spill, if only on some GPUs and where the pointers are not aligned.
+    config = {"DOT": tl.float32, "BLOCK": 32, "BLOCK_V": 16, "num_warps": 8}
+    return config | {"BLOCK_OUT": min(V, 128)} if backward else config

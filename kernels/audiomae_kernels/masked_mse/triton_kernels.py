@@ -14,7 +14,7 @@ from audiomae_kernels._triton import device_of, tl, triton
 from audiomae_kernels.masked_mse.reference import EPS
 from audiomae_kernels.patch_gather.triton_kernels import patch_offsets
 
-TILE = 4096  # values of pred and as many of the spectrogram that a program holds
+TILE = 2048  # values of pred and as many of the spectrogram that a program of four warps holds
 MAX_VALUES = 8192  # of a patch: it is normalised in registers
 
 
@@ -45,19 +45,23 @@ def error_tile(
     NORMALIZE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """``pred - target`` of the tokens `o_m` of one row, 0 outside: (BLOCK_M, BLOCK_V) float32."""
+    """``pred - target`` of the tokens `o_m` of one row: (BLOCK_M, BLOCK_V) float32.
+
+    Tokens beyond the last give what the last one gives: an index is cheaper to bound than a load to mask.
+    """
     V: tl.constexpr = PT * PF
     o_v = tl.arange(0, BLOCK_V)
     m_v = (o_v < V)[None, :]
-    m_m = o_m < M
-    b_ids = tl.load(ids_ptr + i_row * stride_ids_row + o_m * stride_ids_m, mask=m_m, other=-1)
+    o_m = tl.minimum(o_m, M - 1)
+    b_ids = tl.load(ids_ptr + i_row * stride_ids_row + o_m * stride_ids_m)
     o_patch, m_ids = patch_offsets(b_ids, tokens, stride_t, stride_f, GRID_F, ST, SF)
     o_value = (o_v // PF).to(tl.int64) * stride_t + (o_v % PF).to(tl.int64) * stride_f
     p_patch = spectrogram_ptr + i_row // masks * stride_b + o_patch[:, None] + o_value[None, :]
     p_pred = pred_ptr + i_row * stride_pred_row + o_m[:, None] * stride_pred_m
     p_pred += (o_v.to(tl.int64) * stride_pred_v)[None, :]
-    b_target = tl.load(p_patch, mask=m_ids[:, None] & m_v, other=0.0).to(tl.float32)
-    b_pred = tl.load(p_pred, mask=m_m[:, None] & m_v, other=0.0).to(tl.float32)
+    b_target = tl.load(p_patch, mask=m_v, other=0.0).to(tl.float32)
+    b_pred = tl.load(p_pred, mask=m_v, other=0.0).to(tl.float32)
+    b_target = tl.where(m_ids[:, None], b_target, 0.0)
     if NORMALIZE:
         mean = tl.sum(b_target, 1) / V
         b_target = tl.where(m_v, b_target - mean[:, None], 0.0)
@@ -104,7 +108,7 @@ def masked_mse_fwd_kernel(
             stride_pred_row, stride_pred_m, stride_pred_v, stride_b, stride_t, stride_f,
             stride_ids_row, stride_ids_m, GRID_F, PT, PF, ST, SF, NORMALIZE, BLOCK_V,
         )  # fmt: skip
-        total += tl.sum(b_error * b_error, 1)
+        total += tl.where(o_m < M, tl.sum(b_error * b_error, 1), 0.0)
     tl.store(partials_ptr + tl.program_id(0), tl.sum(total, 0))
 
 

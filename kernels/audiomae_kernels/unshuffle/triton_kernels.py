@@ -20,7 +20,6 @@ from audiomae_kernels._partials import sum_partials
 from audiomae_kernels._triton import device_of, tl, triton
 
 SLICES = 8
-BLOCK_KEPT = 128  # ids compared at a time
 
 
 @triton.jit
@@ -182,7 +181,7 @@ def unshuffle_triton(tokens: Tensor, ids_keep: Tensor, mask_token: Tensor, pos: 
             D=D,
             BLOCK_L=block_l,
             BLOCK_D=_block_d(D),
-            BLOCK_KEPT=BLOCK_KEPT,
+            BLOCK_KEPT=128,
             num_warps=8,
         )
     return out
@@ -205,7 +204,7 @@ def unshuffle_backward_triton(
                 grad, ids_keep, d_tokens, K, L, *strides, D=D, BLOCK_K=block_k, BLOCK_D=block_d, num_warps=8
             )
         if (wants_mask_token or wants_pos) and D > 0:
-            block_l = 32 // grad.element_size()
+            block_l = 8
             blocks_l = max(triton.cdiv(L, block_l), 1)
             mask_partials = grad.new_empty(
                 SLICES * blocks_l if wants_mask_token else 0, D, dtype=torch.float32
@@ -225,7 +224,7 @@ def unshuffle_backward_triton(
                 WANTS_POS=wants_pos,
                 BLOCK_L=block_l,
                 BLOCK_D=block_d,
-                BLOCK_KEPT=BLOCK_KEPT,
+                BLOCK_KEPT=32,  # more of them spill beside the sums
                 num_warps=8,
             )
             if wants_mask_token:

@@ -218,13 +218,13 @@ def window_attention_fwd_kernel(
     o_row, o_col = tl.arange(0, W * NP), tl.arange(0, HG * DP)
     o_token, m_row, _ = token_places(i_window + o_row // NP, o_row % NP, T, F, WT, WF, ST, SF)
     o_token = o_token.to(tl.int64)[:, None]
-    o_head, o_channel = i_head + o_col // DP, o_col % DP
+    o_head, o_channel = (i_head + o_col // DP).to(tl.int64), (o_col % DP).to(tl.int64)
     mask = m_row[:, None] & ((o_head < H) & (o_channel < D))[None, :]
-    o_in = (o_head.to(tl.int64) * stride_h + o_channel * stride_d)[None, :]
+    o_in = (o_head * stride_h + o_channel * stride_d)[None, :]
     p_q = qkv_ptr + i_clip * stride_b + o_token * stride_l + o_in
     b_q = to_units(tl.load(p_q, mask=mask, other=0.0), W, HG, C)
     b_k = to_units(tl.load(p_q + stride_s, mask=mask, other=0.0), W, HG, C)
-    b_v = to_units(tl.load(p_q + 2 * stride_s, mask=mask, other=0.0), W, HG, C)
+    b_v = to_units(tl.load(p_q + stride_s + stride_s, mask=mask, other=0.0), W, HG, C)
 
     b_s = sum_pieces(dot(b_q, b_k.permute(0, 2, 1)), C)  # (U, NP, NP)
     if COSINE:
@@ -286,9 +286,8 @@ def window_attention_bwd_kernel(
     i_head = tl.program_id(0) % GROUPS * HG
 
     o_row, o_col = tl.arange(0, W * NP), tl.arange(0, HG * DP)
-    o_head, o_channel = i_head + o_col // DP, o_col % DP
+    o_head, o_channel = (i_head + o_col // DP).to(tl.int64), (o_col % DP).to(tl.int64)
     m_col = ((o_head < H) & (o_channel < D))[None, :]
-    o_head = o_head.to(tl.int64)
     o_in = (o_head * stride_h + o_channel * stride_d)[None, :]
     o_grad = (o_head * grad_stride_h + o_channel * grad_stride_d)[None, :]
     o_out = (o_head * D + o_channel)[None, :]
@@ -313,7 +312,7 @@ def window_attention_bwd_kernel(
         p_grad = grad_ptr + i_clip * grad_stride_b + o_token * grad_stride_l + o_grad
         b_q = to_units(tl.load(p_q, mask=mask, other=0.0), W, HG, C)
         b_k = to_units(tl.load(p_q + stride_s, mask=mask, other=0.0), W, HG, C)
-        b_v = to_units(tl.load(p_q + 2 * stride_s, mask=mask, other=0.0), W, HG, C)
+        b_v = to_units(tl.load(p_q + stride_s + stride_s, mask=mask, other=0.0), W, HG, C)
         b_do = to_units(tl.load(p_grad, mask=mask, other=0.0), W, HG, C)
 
         # the probabilities again; s = c * scale + bias, and c = q.k * r for the cosine
