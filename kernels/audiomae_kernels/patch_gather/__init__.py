@@ -43,7 +43,7 @@ def patch_gather(
 
 
 def _native_forward(spectrogram, ids, *, patch, stride):
-    return torch.ops.audiomae_native.patch_gather(spectrogram, ids, *patch, *stride)
+    return torch.ops.audiomae_native.patch_gather.default(spectrogram, ids, *patch, *stride)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
