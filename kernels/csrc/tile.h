@@ -151,7 +151,8 @@ inline void sum_rows(const Floats* rows, float* out) {
                    (Floats)_mm512_maskz_shuffle_f32x4(kAll, quads[0], quads[1], 0xee);
   const Floats b = (Floats)_mm512_maskz_shuffle_f32x4(kAll, quads[2], quads[3], 0x44) +
                    (Floats)_mm512_maskz_shuffle_f32x4(kAll, quads[2], quads[3], 0xee);
-  store(out, (Floats)_mm512_maskz_shuffle_f32x4(kAll, a, b, 0x88) + (Floats)_mm512_maskz_shuffle_f32x4(kAll, a, b, 0xdd));
+  store(out, (Floats)_mm512_maskz_shuffle_f32x4(kAll, a, b, 0x88) +
+                 (Floats)_mm512_maskz_shuffle_f32x4(kAll, a, b, 0xdd));
 #else
 #pragma GCC unroll 2
   for (int i = 0; i < kTile / 4; i += 2) {
