@@ -93,11 +93,20 @@ def register(op: str, name: str, forward: Callable, backward: Callable | None = 
     _table[op][name] = Implementation(forward, backward, **limits)
 
 
-def native_refusal(op: str) -> str:
-    """Why the C++ library does not serve `op`; empty if it does."""
-    if not _native.available():
-        return _native.why_not()
-    return "" if op in _native.ops() else f"The native library was built without {op}."
+def register_native(
+    op: str,
+    forward: Callable,
+    backward: Callable | None = None,
+    *,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
+    refuses: Callable[..., str] | None = None,
+) -> None:
+    """Add the C++ library's implementation of `op`, or the reason why this machine has none."""
+    unavailable = _native.why_not()
+    if not unavailable and op not in _native.ops():
+        unavailable = f"The native library was built without {op}."
+    limits = {"device_types": ("cpu",), "dtypes": dtypes, "unavailable": unavailable, "refuses": refuses}
+    register(op, "native", forward, backward, **limits)
 
 
 def implementations(

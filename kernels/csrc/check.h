@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 namespace audiomae {
@@ -24,6 +25,29 @@ inline std::string shape(const torch::stable::Tensor& tensor) {
   for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
   text << (tensor.dim() == 1 ? ",)" : ")");
   return text.str();
+}
+
+inline const char* dtype_name(const torch::stable::Tensor& tensor) {
+  return torch::headeronly::toString(tensor.scalar_type());
+}
+
+inline bool is_bfloat16(const torch::stable::Tensor& tensor) {
+  return tensor.scalar_type() == torch::headeronly::ScalarType::BFloat16;
+}
+
+inline bool is_float32_or_bfloat16(const torch::stable::Tensor& tensor) {
+  return tensor.scalar_type() == torch::headeronly::ScalarType::Float || is_bfloat16(tensor);
+}
+
+// The tensor if the values along its last dimension lie side by side, else a contiguous copy.
+inline torch::stable::Tensor rows_in_one_piece(const torch::stable::Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.stride(last) == 1 || tensor.size(last) <= 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+// For small operands of any float type.
+inline torch::stable::Tensor float32_in_one_piece(const torch::stable::Tensor& tensor) {
+  return torch::stable::contiguous(torch::stable::to(tensor, torch::headeronly::ScalarType::Float));
 }
 
 }  // namespace audiomae

@@ -10,6 +10,21 @@ namespace {
 constexpr const char* kSchemas[] = {
     "patch_gather(Tensor spectrogram, Tensor ids, int patch_t, int patch_f, int stride_t, int stride_f)"
     " -> Tensor",
+    "unshuffle(Tensor tokens, Tensor ids_keep, Tensor mask_token, Tensor pos) -> Tensor",
+    "unshuffle_backward(Tensor grad, Tensor ids_keep, Tensor mask_token, Tensor pos, bool wants_tokens,"
+    " bool wants_mask_token, bool wants_pos) -> (Tensor, Tensor, Tensor)",
+    "masked_mse(Tensor pred, Tensor spectrogram, Tensor ids_masked, int patch_t, int patch_f, int stride_t,"
+    " int stride_f, bool normalize) -> Tensor",
+    "masked_mse_backward(Tensor grad, Tensor pred, Tensor spectrogram, Tensor ids_masked, int patch_t,"
+    " int patch_f, int stride_t, int stride_f, bool normalize) -> Tensor",
+    "window_attention(Tensor qkv, Tensor? tau, Tensor? bias, int grid_t, int grid_f, int window_t, int window_f,"
+    " int shift_t, int shift_f) -> Tensor",
+    "window_attention_backward(Tensor grad, Tensor qkv, Tensor? tau, Tensor? bias, int grid_t, int grid_f,"
+    " int window_t, int window_f, int shift_t, int shift_f, bool wants_qkv, bool wants_tau, bool wants_bias)"
+    " -> (Tensor, Tensor, Tensor)",
+    "info_nce(Tensor pred, Tensor target, str over) -> (Tensor, Tensor)",
+    "info_nce_backward(Tensor grad, Tensor pred, Tensor target, Tensor lse, str over, bool wants_pred,"
+    " bool wants_target) -> (Tensor, Tensor)",
 };
 
 // One op name per line.

@@ -33,9 +33,10 @@ uint64_t xcr0() {
 
 // What this machine lacks for a tier; empty if it runs there.
 std::vector<std::string> missing(Tier tier) {
-  uint32_t eax, ebx = 0, ecx = 0, edx, ebx7 = 0, ecx7, edx7;
+  uint32_t eax, ebx = 0, ecx = 0, edx, eax7 = 0, ebx7 = 0, ecx7, edx7, eax71 = 0, other;
   __get_cpuid(1, &eax, &ebx, &ecx, &edx);
-  __get_cpuid_count(7, 0, &eax, &ebx7, &ecx7, &edx7);
+  __get_cpuid_count(7, 0, &eax7, &ebx7, &ecx7, &edx7);
+  if (eax7 >= 1) __get_cpuid_count(7, 1, &eax71, &other, &other, &other);
   const uint64_t saved = ecx & bit_OSXSAVE ? xcr0() : 0;
   constexpr uint64_t ymm = 0x06, zmm = 0xe6;
 
@@ -53,6 +54,7 @@ std::vector<std::string> missing(Tier tier) {
       {Tier::avx512, (ebx7 & bit_AVX512BW) != 0, "avx512bw"},
       {Tier::avx512, (ebx7 & bit_AVX512DQ) != 0, "avx512dq"},
       {Tier::avx512, (ebx7 & bit_AVX512VL) != 0, "avx512vl"},
+      {Tier::avx512_bf16, (eax71 & bit_AVX512BF16) != 0, "avx512_bf16"},
       {Tier::avx512, (saved & zmm) == zmm, "512-bit registers saved by the operating system"},
   };
   std::vector<std::string> names;

@@ -10,7 +10,8 @@
 #define AUDIOMAE_FOR_EACH_TIER(X, ...) \
   X(portable, __VA_ARGS__)             \
   X(avx2, __VA_ARGS__)                 \
-  X(avx512, __VA_ARGS__)
+  X(avx512, __VA_ARGS__)               \
+  X(avx512_bf16, __VA_ARGS__)
 #else
 #define AUDIOMAE_FOR_EACH_TIER(X, ...) X(portable, __VA_ARGS__)
 #endif

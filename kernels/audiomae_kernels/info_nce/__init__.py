@@ -46,6 +46,18 @@ def info_nce(pred: Tensor, target: Tensor, *, over: str = "target", impl: str | 
     return loss
 
 
+def _native_forward(pred, target, *, over):
+    return torch.ops.audiomae_native.info_nce.default(pred, target, over)
+
+
+def _native_backward(grad, pred, target, lse, *, over, output_mask):
+    return torch.ops.audiomae_native.info_nce_backward.default(grad, pred, target, lse, over, *output_mask)
+
+
+def _native_refuses(pred, target, **options):
+    return "It serves float32 and bfloat16 targets." if target.dtype == torch.float16 else ""
+
+
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
     _, lse = output
     ctx.mark_non_differentiable(lse)
@@ -63,4 +75,5 @@ def _backward(ctx, grad, _):
 
 _library.register_gradient("info_nce", _setup_context, _backward)
 _library.register("info_nce", "reference", info_nce_forward_ref, info_nce_backward_ref)
+_library.register_native("info_nce", _native_forward, _native_backward, refuses=_native_refuses)
 _triton.register("info_nce")

@@ -58,6 +58,22 @@ def masked_mse(
     return loss
 
 
+def _native_forward(pred, spectrogram, ids_masked, *, patch, stride, normalize):
+    return torch.ops.audiomae_native.masked_mse.default(
+        pred, spectrogram, ids_masked, *patch, *stride, normalize
+    )
+
+
+def _native_backward(grad, pred, spectrogram, ids_masked, *, patch, stride, normalize):
+    return torch.ops.audiomae_native.masked_mse_backward.default(
+        grad, pred, spectrogram, ids_masked, *patch, *stride, normalize
+    )
+
+
+def _native_refuses(pred, spectrogram, ids_masked, **options):
+    return "It serves float32 and bfloat16 spectrograms." if spectrogram.dtype == torch.float16 else ""
+
+
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
     ctx.save_for_backward(*inputs)
     ctx.options = keyword_only_inputs
@@ -69,4 +85,5 @@ def _backward(ctx, grad):
 
 _library.register_gradient("masked_mse", _setup_context, _backward)
 _library.register("masked_mse", "reference", masked_mse_ref, masked_mse_backward_ref)
+_library.register_native("masked_mse", _native_forward, _native_backward, refuses=_native_refuses)
 _triton.register("masked_mse")

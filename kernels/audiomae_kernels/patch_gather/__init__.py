@@ -43,7 +43,7 @@ def patch_gather(
 
 
 def _native_forward(spectrogram, ids, *, patch, stride):
-    return torch.ops.audiomae_native.patch_gather(spectrogram, ids, *patch, *stride)
+    return torch.ops.audiomae_native.patch_gather.default(spectrogram, ids, *patch, *stride)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
@@ -56,12 +56,5 @@ def _backward(ctx, grad):
 
 _library.register_gradient("patch_gather", _setup_context, _backward)
 _library.register("patch_gather", "reference", patch_gather_ref)
-_library.register(
-    "patch_gather",
-    "native",
-    _native_forward,
-    device_types=("cpu",),
-    dtypes=_checks.FLOATS,
-    unavailable=_library.native_refusal("patch_gather"),
-)
+_library.register_native("patch_gather", _native_forward, dtypes=_checks.FLOATS)
 _triton.register("patch_gather")

@@ -51,6 +51,14 @@ def unshuffle(
     return torch.ops.audiomae.unshuffle(tokens, ids_keep, mask_token, pos, impl=impl)
 
 
+def _native_forward(tokens, ids_keep, mask_token, pos):
+    return torch.ops.audiomae_native.unshuffle.default(tokens, ids_keep, mask_token, pos)
+
+
+def _native_backward(grad, ids_keep, mask_token, pos, *, output_mask):
+    return torch.ops.audiomae_native.unshuffle_backward.default(grad, ids_keep, mask_token, pos, *output_mask)
+
+
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
     _, ids_keep, mask_token, pos = inputs
     ctx.save_for_backward(ids_keep, mask_token, pos)
@@ -66,4 +74,5 @@ def _backward(ctx, grad):
 
 _library.register_gradient("unshuffle", _setup_context, _backward)
 _library.register("unshuffle", "reference", unshuffle_ref, unshuffle_backward_ref)
+_library.register_native("unshuffle", _native_forward, _native_backward)
 _triton.register("unshuffle")

@@ -128,6 +128,19 @@ def _backward(ctx, grad):
     return tuple(g if want else None for g, want in zip(grads, wants, strict=True))
 
 
+def _native_forward(qkv, tau, bias, *, grid, window, shift, scoring):
+    window, shift = clip_window(grid, window, shift)
+    return torch.ops.audiomae_native.window_attention.default(qkv, tau, bias, *grid, *window, *shift)
+
+
+def _native_backward(grad, qkv, tau, bias, *, grid, window, shift, scoring, output_mask):
+    window, shift = clip_window(grid, window, shift)
+    return torch.ops.audiomae_native.window_attention_backward.default(
+        grad, qkv, tau, bias, *grid, *window, *shift, *output_mask
+    )
+
+
 _library.register_gradient("window_attention", _setup_context, _backward)
 _library.register("window_attention", "reference", window_attention_ref, window_attention_backward_ref)
+_library.register_native("window_attention", _native_forward, _native_backward)
 _triton.register("window_attention")

@@ -1,0 +1,314 @@
+"""window_attention of the native CPU library: the reference's values and gradients, in every ISA tier."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import audiomae_kernels as ak
+import pytest
+import torch
+from audiomae_kernels import _native
+from audiomae_kernels.window_attention import clip_window, window_attention_ref, window_index
+from budget import assert_within_budget, evaluate, to_exact
+from kernel_cases import cases, window_attention_case
+
+ROOT = Path(__file__).parents[2]
+DTYPES = (torch.float32, torch.bfloat16)
+TIERS = [name for name, _, reason in _native.cpu_tiers() if "lacks" not in reason]
+
+pytestmark = pytest.mark.skipif(not _native.available(), reason=_native.why_not() or "loaded")
+
+# Where the kernels take other paths: sizes known at compile time, several tiles of queries, other widths.
+SHAPES = [
+    window_attention_case("published", (16, 8), (4, 4), (2, 0), H=3, d=32),
+    window_attention_case("published, padded", (9, 7), (4, 4), (1, 2), H=2, d=32),
+    window_attention_case("published, dot", (8, 8), (4, 4), (2, 2), "dot", B=1, d=32),
+    window_attention_case("published, no bias", (8, 4), (4, 4), d=32, bias=False),
+    window_attention_case("16 tokens, three tiles wide", (8, 4), (2, 8), (1, 0), d=48),
+    window_attention_case("16 tokens, two tiles wide", (4, 8), (4, 4), (0, 2), d=64),
+    window_attention_case("16 tokens, odd width", (8, 4), (8, 2), (3, 1), H=2, d=13),
+    window_attention_case("49 tokens", (14, 7), (7, 7), (3, 0), H=2, d=32),
+    window_attention_case("49 tokens, padded, dot", (9, 12), (7, 7), (2, 3), "dot", B=1, H=2, d=20),
+    window_attention_case("all tokens", (13, 5), (13, 5), B=1, H=2, d=8),
+    window_attention_case("no head", (4, 4), (2, 2), H=0),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Memory that C++ asks for is NaN too, so that an element which no kernel wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_case(case, dtype):
+    """The error budget; tau a little above what the case has: the error of its gradient grows like tau^-3, and that
+    of the smallest of few values would decide."""
+
+    def draw(seed):
+        tensors = case.tensors(dtype, seed)
+        return tensors if tensors["tau"] is None else tensors | {"tau": tensors["tau"] + 0.4}
+
+    assert_within_budget(case.call("native"), case.reference(), draw, case.wrt())
+
+
+@pytest.mark.parametrize("case", [*cases("window_attention"), *(pytest.param(c, id=c.name) for c in SHAPES)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_budget(case, dtype):
+    assert_case(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_past_the_caches(dtype):
+    """Large results, and only those, are stored past the caches."""
+    case = window_attention_case(
+        "large", (64, 8), (4, 4), (2, 0), B=8 if dtype == torch.bfloat16 else 4, H=16, d=32
+    )
+    tensors = case.tensors(dtype)
+    assert tensors["qkv"].numel() // 3 * dtype.itemsize >= 4 << 20
+    assert_case(case, dtype)
+    parts = [tensors | {"qkv": qkv} for qkv in tensors["qkv"].split(1)]  # each too small for that
+    whole = evaluate(case.call("native"), tensors, ["qkv"])
+    for i, part in enumerate(parts):
+        for name, value in evaluate(case.call("native"), part, ["qkv"]).items():
+            assert torch.equal(value[0], whole[name][i]), name
+
+
+# --- fuzz: shapes, strides, offsets, dtypes ------------------------------------------------------------
+
+
+def integer(low, high):
+    return int(torch.randint(low, high + 1, ()))
+
+
+def one_of(*choices):
+    return choices[integer(0, len(choices) - 1)]
+
+
+def laid_out(x):
+    """The same values with other strides or another offset; what is around them is NaN."""
+    kind = one_of("contiguous", "permuted", "gaps", "channels apart", "expanded", "misaligned")
+    if kind == "permuted":
+        order = torch.randperm(x.dim()).tolist()
+        return x.permute(order).contiguous().permute([order.index(i) for i in range(x.dim())])
+    if kind == "gaps":
+        buffer = torch.full([size + 2 for size in x.shape], float("nan"), dtype=x.dtype)
+        view = buffer[tuple(slice(1, size + 1) for size in x.shape)]
+        return view.copy_(x)
+    if kind == "channels apart":
+        return torch.stack([x, torch.full_like(x, float("nan"))], -1)[..., 0]
+    if kind == "expanded":
+        return x[:, :1].expand_as(x)
+    if kind == "misaligned" and x.numel():
+        data = bytearray(x.numel() * x.element_size() + 1)
+        return torch.frombuffer(data, dtype=x.dtype, offset=1).view(x.shape).copy_(x)
+    return x
+
+
+def fuzz_case(seed):
+    """(tensors, options, cotangent)"""
+    torch.manual_seed(seed)
+    dtype, scoring = one_of(*DTYPES), one_of("cosine", "cosine", "dot")
+    grid = (integer(1, 11), integer(1, 9))
+    window = one_of((4, 4), (integer(1, 7), integer(1, 7)))
+    shift = tuple(integer(0, size - 1) for size in window)
+    # One channel would make every cosine 1 or -1 and the gradients of q and k differences of equal numbers.
+    B, H, d = integer(0, 3) or integer(0, 1), integer(1, 4), one_of(32, 32, 16, 64, integer(2, 50))
+    (wt, wf), _ = clip_window(grid, window, shift)
+    tokens = grid[0] * grid[1]
+    qkv = laid_out(torch.randn(B, tokens, 3, H, d).to(dtype))
+    tau = (torch.rand(2 * H) + 0.5).to(one_of(torch.float32, dtype))[:: one_of(1, 2)][:H]
+    bias = torch.randn(H, wt * wf, wt * wf).to(one_of(torch.float32, torch.float16, dtype))
+    bias = one_of(None, bias, bias.mT.contiguous().mT)
+    tensors = {"qkv": qkv, "tau": tau if scoring == "cosine" else None, "bias": bias}
+    cotangent = laid_out(torch.randn(B, tokens, H * d).to(dtype))
+    return tensors, {"grid": grid, "window": window, "shift": shift, "scoring": scoring}, cotangent
+
+
+def assert_fuzz_case(seed):
+    tensors, options, cotangent = fuzz_case(seed)
+    wrt = [name for name, tensor in tensors.items() if tensor is not None]
+    B, L, N = *tensors["qkv"].shape[:2], window_index(options["grid"], options["window"])[0].shape[1]
+    actual = evaluate(lambda **t: ak.window_attention(**t, **options, impl="native"), tensors, wrt, cotangent)
+    eager = evaluate(lambda **t: window_attention_ref(**t, **options), tensors, wrt, cotangent)
+    exact = evaluate(lambda **t: window_attention_ref(**t, **options), to_exact(tensors), wrt, cotangent)
+    for name, value in actual.items():
+        assert value.dtype == eager[name].dtype and value.shape == eager[name].shape, name
+        if not value.numel():
+            continue
+        # Here eager computes in float32 and rounds once. What the bfloat16 kernels round besides stays below one
+        # rounding of each of the N terms of a sum, the random walk of the terms of a parameter's gradient included.
+        terms = B * L * (N if name == "grad of tau" else 1) if name in ("grad of tau", "grad of bias") else N
+        size = exact[name].abs().max() + 1
+        unit = torch.finfo(tensors["qkv"].dtype).eps
+        budget = 2 * (eager[name].double() - exact[name]).abs().max() + 2 * unit * size * max(terms, 1) ** 0.5
+        error = (value.double() - exact[name]).abs().max()
+        assert error <= budget, f"seed {seed}, {name}: error {error:.3g}, budget {budget:.3g}, {options}"
+
+
+@pytest.mark.parametrize("seeds", [range(start, start + 25) for start in range(0, 150, 25)], ids=str)
+def test_fuzz(seeds):
+    for seed in seeds:
+        assert_fuzz_case(seed)
+
+
+# --- tiers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_forced_tier(tier):
+    """Every tier that this machine runs."""
+    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "tests"), str(Path(__file__).parent)])
+    environment = {**os.environ, "AUDIOMAE_CPU_TIER": tier, "PYTHONPATH": path}
+    code = """
+import torch
+from test_native_window_attention import *
+from test_native_window_attention import _native
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+print([name for name, chosen, _ in _native.cpu_tiers() if chosen])
+for case in SHAPES:
+    for dtype in DTYPES:
+        assert_case(case, dtype)
+for seed in range(1000, 1030):
+    assert_fuzz_case(seed)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"['{tier}']"
+
+
+# --- determinism ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads(dtype):
+    """The same bits for any number of threads, from several Python threads at once too."""
+    case = window_attention_case("large", (64, 8), (4, 4), (2, 0), B=3, H=5, d=32)
+    tensors, wrt = case.tensors(dtype), case.wrt()
+
+    def results():
+        return evaluate(case.call("native"), tensors, wrt)
+
+    expected, others = results(), []
+    for count in (2, 3, 7):
+        torch.set_num_threads(count)
+        others.append(results())
+    workers = [threading.Thread(target=lambda: others.append(results())) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(others) == 6
+    for other in others:
+        for name, value in expected.items():
+            assert torch.equal(other[name], value), name
+
+
+# --- values --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scoring", ["cosine", "dot"])
+@pytest.mark.parametrize("d", [32, 24])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_nan_stays_in_its_window(dtype, d, scoring):
+    grid, window, shift = (7, 6), (4, 4), (2, 1)  # with padding
+    case = window_attention_case("nan", grid, window, shift, scoring, B=2, H=2, d=d)
+    tensors = case.tensors(dtype)
+    clean = evaluate(case.call("native"), tensors, ["qkv"])
+    index, _ = window_index(grid, window, shift)
+    for token in (0, 20, 41):
+        for part in range(3):
+            qkv = tensors["qkv"].clone()
+            qkv[0, token, part, 1, 3] = float("nan")
+            results = evaluate(case.call("native"), tensors | {"qkv": qkv}, ["qkv"])
+            own = index[(index == token).any(1)].flatten()
+            elsewhere = [i for i in range(42) if i not in own.tolist()]
+            for name, value in results.items():
+                assert torch.equal(value[1], clean[name][1]), name
+                assert torch.equal(value[0, elsewhere], clean[name][0, elsewhere]), name
+                heads = value[0].view(42, -1, 2, d)
+                assert torch.equal(heads[:, :, 0], clean[name][0].view(42, -1, 2, d)[:, :, 0]), name
+            assert results["output"][0, token, d + 3].isnan()
+
+
+@pytest.mark.parametrize("d", [32, 24])
+def test_zero_vectors_and_clamps(d):
+    """|q||k| below 1e-6, tau below 0.01, and borders of -100 that scores of 1 / tau reach over."""
+    case = window_attention_case("clamps", (8, 4), (4, 4), (2, 0), B=1, H=4, d=d)
+    tensors = case.tensors(torch.float32)
+    tensors["tau"][:] = torch.tensor([0.002, 0.011, -1.0, 0.3])
+    tensors["qkv"][:, 3, 0] = 0
+    tensors["qkv"][:, 7, 1] = 0
+    tensors["qkv"][:, 12, :2] = 0
+    tensors["qkv"][:, 17, :2] *= 1e-5
+    tensors["qkv"][:, 29, :2] *= 1e-12
+    actual = evaluate(case.call("native"), tensors, case.wrt())
+    exact = evaluate(case.reference(), to_exact(tensors), case.wrt())
+    assert not actual["grad of tau"][[0, 2]].any()
+    eager = evaluate(case.reference(), tensors, case.wrt())
+    for name, value in actual.items():
+        # Gradients of q and k go up to 1 / (0.01 * 1e-6), so that each row is judged by its own size. Scores of up to
+        # 100 are known to 1e-5, and so are probabilities.
+        error, eager_error, size = (
+            x.abs().amax(-1) for x in (value - exact[name], eager[name] - exact[name], exact[name])
+        )
+        assert (error <= 2 * eager_error + 1e-4 * (1 + size)).all(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_nobody_wants(dtype):
+    case = window_attention_case("usual", (8, 4), (4, 4), (2, 0), d=32)
+    tensors = case.tensors(dtype)
+    every = evaluate(case.call("native"), tensors, case.wrt())
+    for wrt in (["qkv"], ["tau"], ["bias"], ["tau", "bias"]):
+        for name, value in evaluate(case.call("native"), tensors, wrt).items():
+            assert torch.equal(value, every[name]), (wrt, name)
+
+
+# --- what it refuses -----------------------------------------------------------------------------------
+
+
+def test_dtypes():
+    served = {
+        dtype: ak.implementations("window_attention", "cpu", dtype)[0] for dtype in (*DTYPES, torch.float16)
+    }
+    assert [line.chosen for line in served.values()] == [True, True, False]
+    qkv = torch.randn(1, 4, 3, 1, 4).half()
+    options = {"grid": (2, 2), "window": (2, 2), "scoring": "dot"}
+    assert ak.window_attention(qkv, None, None, **options).dtype == torch.float16
+    with pytest.raises(RuntimeError, match="serves float32, bfloat16, not float16"):
+        ak.window_attention(qkv, None, None, **options, impl="native")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"qkv": torch.zeros(2, 15, 3, 2, 4)}, r"\(batch, 16, 3, heads, channels\), got \(2, 15, 3, 2, 4\)"),
+        ({"qkv": torch.zeros(2, 16, 24)}, r"qkv of shape .*, got \(2, 16, 24\)"),
+        ({"qkv": torch.zeros(2, 16, 3, 2, 4).half()}, "float32 or bfloat16 qkv, got Half"),
+        ({"tau": torch.ones(3)}, r"tau of shape \(2,\), got \(3,\)"),
+        ({"bias": torch.ones(2, 4, 3)}, r"bias of shape \(2, 4, 4\), got \(2, 4, 3\)"),
+        ({"window": (5, 2)}, "window that fits the grid, got a window of 5 x 2 and a grid of 4 x 4"),
+        ({"shift": (0, 2)}, r"shift smaller than the window of 2 x 2, got \(0, 2\)"),
+        ({"grad": torch.zeros(2, 16, 9)}, r"gradient of shape \(2, 16, 8\) of Float, got \(2, 16, 9\)"),
+    ],
+)  # fmt: skip
+def test_refuses(change, message):
+    call = {
+        "grad": torch.zeros(2, 16, 8),
+        "qkv": torch.zeros(2, 16, 3, 2, 4),
+        "tau": torch.ones(2),
+        "bias": None,
+    }
+    call |= {"grid": (4, 4), "window": (2, 2), "shift": (0, 0)} | change
+    grad, *tensors = (call[name] for name in ("grad", "qkv", "tau", "bias"))
+    geometry = [*call["grid"], *call["window"], *call["shift"]]
+    with pytest.raises(RuntimeError, match=message):
+        if "grad" in change:
+            torch.ops.audiomae_native.window_attention_backward(grad, *tensors, *geometry, True, True, True)
+        else:
+            torch.ops.audiomae_native.window_attention(*tensors, *geometry)
