@@ -21,7 +21,7 @@ from .create import create_model, load
 from .data import load_batch, recordings
 from .frontend import num_frames
 from .model import MaskedAutoencoder, Output, SpectrogramModel
-from .upstream import load_upstream, position_layout
+from .upstream import load_upstream, position_layout, to_upstream
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; what is still buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         print(f"audiomae {options.command}: {error}", file=sys.stderr)
         return 1
@@ -39,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="audiomae", description="Masked-autoencoder pre-training on audio spectrograms."
     )
+    parser.add_argument("--version", action="version", version=f"audiomae {_version('audiomae')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     doctor = commands.add_parser(
@@ -50,23 +55,35 @@ def _parser() -> argparse.ArgumentParser:
         "embed",
         help="clip embeddings of audio files",
         description="Writes one embedding per file: the mean over the patch tokens. Clips are cut or padded to the "
-        "length the model was made for (10.24 s for AudioSet models).",
+        "length the model was made for (10.24 s for AudioSet models). The file written holds two arrays, `files` "
+        "(paths) and `embeddings` (files, width), in the order of the arguments.",
     )
     embed.add_argument("files", nargs="+", type=Path, metavar="FILE", help="WAV, FLAC, OGG or MP3")
     embed.add_argument(
         "--model", required=True, help="a path, a hub id, or a name: " + ", ".join(list_models())
     )
-    embed.add_argument("--out", type=Path, default=Path("embeddings.npz"), help="default: %(default)s")
+    embed.add_argument(
+        "--out", type=Path, default=Path("embeddings.npz"), help="npz file; default: %(default)s"
+    )
     embed.add_argument(
         "--batch-size", type=_positive, default=8, help="clips at a time; default: %(default)s"
     )
-    embed.add_argument("--device", default="cpu", help="default: %(default)s")
+    embed.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1; default: %(default)s")
     _add_overrides(embed)
     embed.set_defaults(run=_embed)
 
-    convert = commands.add_parser("convert", help="a published checkpoint to safetensors and config.json")
-    convert.add_argument("input", type=Path, metavar="IN", help=".pth, .pt, .bin or .safetensors")
-    convert.add_argument("output", type=Path, metavar="OUT", help="folder to write")
+    convert = commands.add_parser(
+        "convert",
+        help="a published checkpoint to ours, or ours to the published names",
+        description="From a published checkpoint to a folder with safetensors and config.json, or from such a "
+        "folder to a file with the published code's names, shapes and values.",
+    )
+    convert.add_argument(
+        "input", type=Path, metavar="IN", help="a folder of ours, or .pth, .pt, .bin, .safetensors"
+    )
+    convert.add_argument(
+        "output", type=Path, metavar="OUT", help="folder to write; from a folder: a .pth file"
+    )
     _add_overrides(convert)
     convert.set_defaults(run=_convert)
 
@@ -179,7 +196,7 @@ def _embed(options: argparse.Namespace) -> None:
         model = create_model(options.model)
         print(f"{options.model} has random weights: a baseline, not an embedding", file=sys.stderr)
     else:
-        model = load(options.model, **_overrides(options))
+        model = _load(options.model, options)
     embeddings = embed_files(model.float().to(device).eval(), options.files, options.batch_size)
     with options.out.open("wb") as out:  # given a name, savez would append .npz
         np.savez(out, files=np.array([str(file) for file in options.files]), embeddings=embeddings)
@@ -199,7 +216,10 @@ def _device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        if "device type" in reason:
+            reason = "devices are called cpu, cuda or cuda:1"
+        raise ValueError(f"--device {name} cannot be used: {reason}") from error
     return torch.device(name)
 
 
@@ -220,7 +240,7 @@ def embed_files(model: SpectrogramModel, files: Sequence[Path], batch_size: int 
             if frontend.num_frames(length) < shortest:
                 raise ValueError(
                     f"{file}: {length} samples at {frontend.sample_rate} Hz are too short, "
-                    f"the model needs {shortest} frames of 25 ms every 10 ms"
+                    f"the model needs {25 + 10 * (shortest - 1)} ms"
                 )
             if num_frames(length, frontend.sample_rate) > frontend.num_frames(length):
                 print(f"{file}: embedded up to frame {frontend.frames}, the model's length", file=sys.stderr)
@@ -234,6 +254,9 @@ def embed_files(model: SpectrogramModel, files: Sequence[Path], batch_size: int 
 
 
 def _convert(options: argparse.Namespace) -> None:
+    if options.input.is_dir():
+        _export(options)
+        return
     if options.output.is_file():
         raise FileExistsError(f"OUT is a folder to write, but {options.output} is a file")
     model = load_upstream(options.input, **_overrides(options))
@@ -243,8 +266,27 @@ def _convert(options: argparse.Namespace) -> None:
     print(f"wrote {options.output}")
 
 
+def _export(options: argparse.Namespace) -> None:
+    if options.output.suffix != ".pth" or options.output.is_dir():
+        raise ValueError(f"from a folder, OUT is a .pth file to write, got {options.output}")
+    state = to_upstream(_load(options.input, options))
+    temporary = options.output.with_suffix(".pth.part")
+    torch.save({"model": state}, temporary)
+    temporary.replace(options.output)
+    print(f"wrote {options.output}: {len(state)} tensors under the published code's names")
+
+
+def _load(source: str | Path, options: argparse.Namespace) -> SpectrogramModel:
+    if Path(source).is_dir() and _overrides(options):
+        raise ValueError(
+            f"{source} is a folder of ours, whose config.json says all of the model: leave out what describes "
+            "a published file"
+        )
+    return load(source, **_overrides(options))
+
+
 def _verify(options: argparse.Namespace) -> None:
-    model = load(options.checkpoint, **_overrides(options)).eval()
+    model = _load(options.checkpoint, options).eval()
     c = model.config
     kind = model.upstream.kind if model.upstream is not None else type(model).__name__
     print(f"family            {kind} ({c.width} wide, {c.depth} blocks, {_parameters(model)} parameters)")

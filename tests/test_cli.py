@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,18 @@ def test_module_help():
     assert done.returncode == 0 and not done.stderr
     for command in ("doctor", "embed", "convert", "verify"):
         assert command in done.stdout
+
+
+def test_version(run):
+    assert run("--version") == (0, f"audiomae {version('audiomae')}\n", "")
+
+
+def test_a_reader_that_has_seen_enough():
+    doctor = subprocess.Popen(
+        [sys.executable, "-m", "audiomae", "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    doctor.stdout.close()
+    assert not doctor.communicate()[1]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +270,7 @@ def test_a_clip_of_one_frame(run, refused, checkpoints, tmp_path):
     out = ["--out", tmp_path / "e.npz"]
     assert run("embed", clip, "--model", checkpoints["encoder"], *out)[0] == 0
     message = refused("embed", clip, "--model", checkpoints["mae_ast"], "--tokens", "patch", *out)
-    assert str(clip) in message and "16 frames" in message
+    assert str(clip) in message and "needs 175 ms" in message  # 16 frames
 
 
 def test_embed_refuses_before_work(refused, checkpoints, monkeypatch, tmp_path):
@@ -313,7 +326,10 @@ def test_verify_and_convert(run, checkpoints, kind, tmp_path):
     assert status == 0 and not err
     assert converted == published
     state = torch.load(checkpoints[kind])["model"]
-    back = audiomae.to_upstream(audiomae.load(tmp_path / "model"))
+    status, out, err = run("convert", tmp_path / "model", tmp_path / "back.pth")
+    assert status == 0 and not err and f"{len(state)} tensors" in out
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["back.pth"]
+    back = torch.load(tmp_path / "back.pth")["model"]
     assert set(back) == set(state) and all(torch.equal(back[name], state[name]) for name in state)
 
 
@@ -399,8 +415,9 @@ def test_refused_folders(run, refused, checkpoints, tmp_path):
     run("convert", checkpoints["encoder"], tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("{")
     assert "config.json is no model configuration" in refused("verify", tmp_path / "model")
-    message = refused("convert", tmp_path / "empty", tmp_path / "out")
-    assert f"no file {tmp_path / 'empty'}" in message
+    assert "no config.json" in refused("convert", tmp_path / "empty", tmp_path / "out.pth")
+    assert "OUT is a .pth file" in refused("convert", tmp_path / "empty", tmp_path / "out")
+    assert "config.json says all of the model" in refused("verify", tmp_path / "model", "--tokens", "patch")
     blocked = tmp_path / "file"
     blocked.write_text("here already")
     refused("convert", checkpoints["encoder"], blocked)
