@@ -66,8 +66,9 @@ class Classifier(SpectrogramModel):
             mask: tokens to leave out; None masks nothing in evaluation, and in training draws a mask where
                 `mask_time` or `mask_frequency` is set.
             lengths: (B,) valid frames; zeros after a clip's end are attended, as published.
-            labels: (B,) int64 class numbers (cross-entropy) or (B, num_classes) float targets (binary
-                cross-entropy per class).
+            labels: (R,) int64 class numbers (cross-entropy) or (R, num_classes) float targets in [0, 1] (binary
+                cross-entropy per class), on the spectrogram's device. Values are looked at on a CPU, and on
+                other devices asserted without waiting under AUDIOMAE_CHECK=1.
 
         Returns:
             `Output` with `loss` (if labels), `logits` (R, num_classes), `mask` (if any).
@@ -80,6 +81,9 @@ class Classifier(SpectrogramModel):
         if mask is None and self.training and (c.mask_time or c.mask_frequency):
             batch, frames = spectrogram.shape[:2]
             mask = self.draw_mask(batch, frames, device=spectrogram.device)
+        if labels is not None:
+            rows = (spectrogram if mask is None else mask.ids_keep).shape[0]
+            check_labels(labels, rows, c.num_classes, spectrogram.device)
         tokens = self.encode(spectrogram, mask)[:, c.prefix_tokens :]
         logits = self.head(self.fc_norm(tokens.mean(dim=1)))
         out = (
@@ -91,17 +95,38 @@ class Classifier(SpectrogramModel):
 
     @staticmethod
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy for (B,) int64 labels, binary cross-entropy for (B, C) float ones; fp32."""
+        """Cross-entropy for (R,) int64 labels, binary cross-entropy for (R, C) float ones; fp32 or fp64."""
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if labels.dtype == torch.int64 and labels.shape == logits.shape[:1]:
+        if labels.dtype == torch.int64:
             loss = F.cross_entropy(precise, labels)
-        elif labels.is_floating_point() and labels.shape == logits.shape:
-            loss = F.binary_cross_entropy_with_logits(precise, labels.to(precise.dtype))
         else:
-            raise ValueError(
-                f"labels must be int64 of shape {tuple(logits.shape[:1])} (one class a clip) or float of shape "
-                f"{tuple(logits.shape)} (any number of classes), got {labels.dtype} of shape {tuple(labels.shape)}"
-            )
+            loss = F.binary_cross_entropy_with_logits(precise, labels.to(precise.dtype))
         if _checks.ASSERTS:
             _checks.assert_not_nan("classifier", loss)
         return loss
+
+
+def check_labels(labels: Tensor, rows: int, num_classes: int, device: torch.device) -> None:
+    """Refuses labels that do not fit (R, C) logits on this device; see `Classifier.forward`."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    numbers = labels.dtype == torch.int64 and labels.shape == (rows,)
+    if not numbers and not (labels.is_floating_point() and labels.shape == (rows, num_classes)):
+        raise ValueError(
+            f"labels must be int64 of shape {(rows,)} (one class a clip) or float of shape "
+            f"{(rows, num_classes)} (any number of classes), got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    if labels.device != device:
+        raise ValueError(
+            f"labels are on {labels.device}, the spectrogram on {device}: move them with labels.to(device)"
+        )
+    highest = num_classes - 1 if numbers else 1
+    wanted = f"class labels from 0 to {highest}" if numbers else "targets from 0 to 1"
+    looks = device.type == "cpu" and not torch.compiler.is_compiling()
+    if not looks and not _checks.ASSERTS:
+        return  # a look would wait for the device
+    fits = (labels >= 0) & (labels <= highest)
+    if not looks:
+        torch._assert_async(fits.all(), f"the classifier takes {wanted}")
+    elif not fits.all():
+        raise ValueError(f"the classifier takes {wanted}, got {labels[~fits][:5].tolist()}")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from audiomae_kernels import OPS, _native, implementations
 
+from .attention import BACKENDS, why_not
 from .classifier import Classifier
 from .config import list_models
 from .create import create_model, load
@@ -147,6 +148,9 @@ def _doctor(options: argparse.Namespace) -> None:
                 print(
                     f"  {'*' if served.chosen else ' '} {op:<17} {served.name:<10} {served.reason or 'available'}"
                 )
+        print(f"Attention on {device}")
+        for backend in BACKENDS:
+            print(f"  {backend:<12} {why_not(backend, torch.device(device)) or 'available'}")
 
 
 def _version(package: str) -> str:

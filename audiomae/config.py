@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from .attention import BACKENDS
 from .frontend import Frontend
 from .masking import check_ratio
 
@@ -84,6 +85,8 @@ class EncoderConfig:
         layer_drop: of whole layers, in encoder and decoder.
         drop_path: of the encoder's branches, clip by clip; rises linearly over the depth.
         impl: kernel implementation: None (the best there is), "reference", "native" or "triton".
+        attention: who computes attention over all tokens, in the encoder and in global decoder blocks: "sdpa"
+            (PyTorch), "flash_attn" or "xformers" (packages of their own, on GPUs only).
         frontend: how a waveform becomes this model's input.
     """
 
@@ -108,6 +111,7 @@ class EncoderConfig:
     layer_drop: float = 0.0
     drop_path: float = 0.0
     impl: str | None = None
+    attention: str = "sdpa"
     frontend: Frontend = field(default_factory=lambda: Frontend.named("audioset"))
 
     def __post_init__(self):
@@ -115,6 +119,7 @@ class EncoderConfig:
         _one_of("norm", self.norm, NORMS)
         _one_of("input_norm", self.input_norm, INPUT_NORMS)
         _one_of("impl", self.impl, IMPLEMENTATIONS)
+        _one_of("attention", self.attention, tuple(BACKENDS))
         _one_of("prefix_tokens", self.prefix_tokens, (0, 1, 2))
         for name in ("frames", "mel_bins", "width", "depth", "heads"):
             _check_count(name, getattr(self, name))

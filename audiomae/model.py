@@ -28,6 +28,7 @@ from audiomae_kernels import (
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .attention import Packed, attention, require_backend
 from .config import EncoderConfig, MAEConfig
 from .masking import Grid, Mask
 from .pretrained import PretrainedMixin
@@ -145,18 +146,21 @@ class Mlp(nn.Module):
 
 
 class GlobalAttention(nn.Module):
-    """Scaled dot-product attention over all tokens of a row."""
+    """Scaled dot-product attention over all tokens of a clip."""
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0):
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, backend: str = "sdpa"):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        require_backend(backend)
+        self.heads, self.dropout, self.backend = heads, dropout, backend
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, L, d)
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.proj(x.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:
+        """x (B, L, D), or (total, D) where `packed` says which tokens are whose."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # each (..., L, H, d)
+        dropout = self.dropout if self.training else 0.0
+        x = attention(q, k, v, packed=packed, dropout=dropout, backend=self.backend)
+        return self.proj(x.flatten(-2))
 
 
 class WindowAttention(nn.Module):
@@ -246,24 +250,27 @@ class Block(nn.Module):
         self.mlp = Mlp(width, round(width * mlp_ratio))
         self.dropout = dropout
 
-    def forward(self, x: Tensor, *window: Grid | Tensor) -> Tensor:
-        x = self._branch(x, self.norm1, self.attn, *window)
+    def forward(self, x: Tensor, *context: Grid | Tensor | Packed) -> Tensor:
+        """`context` is what the attention takes beside x."""
+        x = self._branch(x, self.norm1, self.attn, *context)
         return self._branch(x, self.norm2, self.mlp)
 
-    def _branch(self, x: Tensor, norm: nn.Module, layer: nn.Module, *window: Grid | Tensor) -> Tensor:
+    def _branch(
+        self, x: Tensor, norm: nn.Module, layer: nn.Module, *context: Grid | Tensor | Packed
+    ) -> Tensor:
         if self.order == "pre":
-            return x + self.dropout(layer(norm(x)))
+            return x + self.dropout(layer(norm(x), *context))
         if self.order == "res-post":
-            return x + self.dropout(norm(layer(x, *window)))
-        return norm(x + self.dropout(layer(x)))
+            return x + self.dropout(norm(layer(x, *context)))
+        return norm(x + self.dropout(layer(x, *context)))
 
 
 def global_block(c: EncoderConfig, width: int, heads: int, drop_path: float = 0.0) -> Block:
     dropout = nn.Dropout(c.dropout)
     if drop_path:
         dropout = nn.Sequential(dropout, DropPath(drop_path))
-    attention = GlobalAttention(width, heads, c.attention_dropout)
-    return Block(attention, width, c.mlp_ratio, c.norm, c.norm_eps, dropout)
+    layer = GlobalAttention(width, heads, c.attention_dropout, c.attention)
+    return Block(layer, width, c.mlp_ratio, c.norm, c.norm_eps, dropout)
 
 
 class SpectrogramNorm(nn.BatchNorm2d):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from audiomae_kernels import OPS, implementations
+from audiomae_kernels import OPS, _checks, implementations
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -642,6 +642,47 @@ def test_classifier_labels():
 def test_classifier_refuses_labels(labels):
     with pytest.raises(ValueError, match=r"labels must be int64 of shape \(2,\).*or float of shape \(2, 5\)"):
         small_classifier()(spectrogram(), labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([1, 5]), r"takes class labels from 0 to 4, got \[5\]"),
+        (torch.tensor([-100, -1]), r"takes class labels from 0 to 4, got \[-100, -1\]"),
+        (torch.full((2, 5), 1.5), r"takes targets from 0 to 1, got \[1.5, 1.5, 1.5, 1.5, 1.5\]"),
+        (torch.tensor([[0, 1, 0, 0, float("nan")]] * 2), r"takes targets from 0 to 1, got \[nan, nan\]"),
+        (torch.tensor([1, 2], device="meta"), r"labels are on meta, the spectrogram on cpu: move them"),
+    ],
+    ids=["high", "negative", "targets", "nan", "device"],
+)
+def test_classifier_refuses_label_values(labels, message, monkeypatch):
+    model = small_classifier()
+    monkeypatch.setattr(model, "encode", None)  # refused before any work
+    with pytest.raises(ValueError, match=message):
+        model(spectrogram(), labels=labels)
+    with pytest.raises(TypeError, match="labels must be a tensor, got list"):
+        model(spectrogram(), labels=[1, 2])
+
+
+def test_classifier_labels_are_looked_at_without_waiting(monkeypatch):
+    model, x = small_classifier().to("meta"), spectrogram().to("meta")  # like a GPU: values are out of reach
+    labels = torch.tensor([1, 5], device="meta")
+    assert model(x, labels=labels).loss.is_meta
+    asserted = []
+    monkeypatch.setattr(_checks, "ASSERTS", True)
+    monkeypatch.setattr(torch, "_assert_async", lambda fits, message: asserted.append(message))
+    assert model(x, labels=labels).loss.is_meta
+    assert "the classifier takes class labels from 0 to 4" in asserted
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_classifier_labels_of_several_masks(several):
+    model, x = small_classifier(), spectrogram()
+    mask = Mask.random(4, 32, 0.5)  # two of each clip
+    labels = torch.rand(4, 5) if several else torch.tensor([1, 1, 4, 4])
+    assert model(x, mask, labels=labels).loss.isfinite()
+    with pytest.raises(ValueError, match=r"labels must be int64 of shape \(4,\)"):
+        model(x, mask, labels=labels[:2])
 
 
 @pytest.mark.parametrize(
