@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12       the interpreter of .venv; without it, one from 3.10 to 3.13 is looked for
 #   TORCH_INDEX_URL=URL     package index of another build of PyTorch than PyPI's, ROCm's for one
-#   ARGS="-k gather"        more arguments for pytest or the benchmark
+#   ARGS="-k gather"        more arguments for pytest or the benchmark; `make test` then leaves test-triton out
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -13,6 +13,8 @@ PIP := $(PY) -m pip install -q
 STAMPS := .venv/stamps
 # A file of tests stays in one process: those of whole models share what they took seconds to make.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+MAIN_TESTS := $(PY) -m pytest --ignore=tests/triton --ignore=tests/gpu $(PARALLEL)
+TRITON_TESTS := TRITON_INTERPRET=1 $(PY) -m pytest tests/triton $(PARALLEL)
 LIBRARY := kernels/audiomae_kernels/libaudiomae_native.so
 
 FITS := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
@@ -54,27 +56,44 @@ print(_native.why_not() or "The native CPU library is built; tier: " + ", ".join
 endef
 export SAY_NATIVE
 
-.PHONY: help venv native test test-all test-triton bench lint clean
+define NEED_PYTHON
+test -n "$(PYTHON)" || \
+	{ echo "audiomae needs Python 3.10 to 3.13, and none was found: install one or name it with PYTHON=." >&2; exit 1; }
+endef
+
+.PHONY: help venv install native test test-all test-triton test-bench bench gpu lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 venv: $(STAMPS)/torch ## create .venv with PyTorch and the build tools
 
+install: $(STAMPS)/audio ## install the package into .venv, to use it: .venv/bin/audiomae
+
 native: $(STAMPS)/native ## build the native CPU library into the checkout
 	@test -f $(LIBRARY)
 
-test: $(STAMPS)/dev $(STAMPS)/native ## run the fast tests
-	$(PY) -m pytest -m "not slow" --ignore=tests/triton $(PARALLEL) $(ARGS)
+test: $(STAMPS)/dev $(STAMPS)/native ## run the fast tests, those of test-triton among them
+	$(MAIN_TESTS) -m "not slow" $(ARGS)
+	$(if $(ARGS),@echo "ARGS are for these tests: make test-triton has the others.",$(TRITON_TESTS) -m "not slow")
 
 test-all: $(STAMPS)/dev $(STAMPS)/native ## run all tests
-	$(PY) -m pytest --ignore=tests/triton $(PARALLEL) $(ARGS)
+	$(MAIN_TESTS) $(ARGS)
+	$(if $(ARGS),@echo "ARGS are for these tests: make test-triton has the others.",$(TRITON_TESTS))
 
 test-triton: $(STAMPS)/dev ## run the Triton kernels in Triton's interpreter, and lint their binaries
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton -m "not slow" $(PARALLEL) $(ARGS)
+	$(TRITON_TESTS) -m "not slow" $(ARGS)
+
+test-bench: $(STAMPS)/dev $(STAMPS)/native ## time the kernels under pytest-benchmark
+	$(PY) -m pytest tests/benchmarks/bench_kernels.py --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 bench: $(STAMPS)/bench $(STAMPS)/native ## run the quick benchmark of the models into bench/results/latest
 	$(PY) -m bench models --quick --out bench/results/latest $(ARGS)
+
+# It installs as its first step, so that its record holds that too.
+gpu: ## run all that needs a GPU, and pack the results into one file to send
+	@$(NEED_PYTHON)
+	@$(PYTHON) tests/gpu/run.py $(ARGS)
 
 lint: $(STAMPS)/dev ## check style and formatting
 	$(PY) -m ruff check .
@@ -85,7 +104,7 @@ clean: ## remove what was built; .venv stays
 	find audiomae kernels bench tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(STAMPS)/venv:
-	@test -n "$(PYTHON)" || { echo "audiomae needs Python 3.10 to 3.13, and none was found: install one or name it with PYTHON=." >&2; exit 1; }
+	@$(NEED_PYTHON)
 	@$(PYTHON) -c "$$CREATE_VENV"
 	@mkdir -p $(STAMPS) && touch $@
 
@@ -104,7 +123,7 @@ $(STAMPS)/native: CMakeLists.txt setup.py $(wildcard kernels/csrc/*) | $(STAMPS)
 	@$(PY) setup.py -q build_ext --inplace
 	@! test -f $(LIBRARY) || touch $@
 
-$(STAMPS)/dev $(STAMPS)/bench: pyproject.toml setup.py | $(STAMPS)/torch $(STAMPS)/native
+$(STAMPS)/audio $(STAMPS)/bench $(STAMPS)/dev: pyproject.toml setup.py | $(STAMPS)/torch $(STAMPS)/native
 	@echo "Installing audiomae[$(@F)] into .venv"
 	@$(PIP) -c .venv/constraints.txt --no-build-isolation -e '.[$(@F)]'
 	@$(PY) -c "$$SAY_NATIVE"

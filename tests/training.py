@@ -1,0 +1,140 @@
+"""Twenty training steps, the error budget of their curves, and a record of the kernels that ran."""
+
+import contextlib
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+from budget import FEW, compare
+from kernel_cases import REFERENCES
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import audiomae
+from audiomae import Mask, model, ssast
+from audiomae.config import MODELS
+
+STEPS = 20
+RATES = ("dropout", "attention_dropout", "input_dropout", "layer_drop", "bias_dropout")
+# A grid of 8 x 4 tokens: windows of 4 x 4, the second decoder block's shifted.
+TINY = {"width": 32, "heads": 2, "depth": 1, "frames": 128, "mel_bins": 64}
+TINY |= {"decoder_width": 32, "decoder_heads": 2, "decoder_depth": 2}
+_COMMON = {"patch_gather", "unshuffle", "unshuffle_backward", "masked_mse", "masked_mse_backward"}
+STEP_OPS = {  # of one training step
+    "audiomae_base": _COMMON | {"window_attention", "window_attention_backward"},
+    "mae_ast_patch_base": _COMMON | {"info_nce", "info_nce_backward"},
+    "ssast_patch_base": _COMMON | {"info_nce", "info_nce_backward"},
+}
+
+
+class Calls(TorchDispatchMode):
+    """Notes what is called.
+
+    Attributes:
+        served: the implementations that serve each op, ``{"unshuffle_backward": {"native"}, ...}``.
+        devices: types of the devices that hold a result of any operation of PyTorch.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.served, self.devices = defaultdict(set), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "audiomae":
+            self.served[func._opname].add(kwargs["impl"])
+        self.devices |= {x.device.type for x in tree_leaves(result) if isinstance(x, Tensor)}
+        return result
+
+
+def still(name: str, seed: int = 0, **overrides) -> nn.Module:
+    """A named model whose steps draw nothing but masks: no dropout of any kind."""
+    torch.manual_seed(seed)
+    return audiomae.create_model(name, **_fields_of(name, dict.fromkeys(RATES, 0.0)), **overrides)
+
+
+def tiny(name: str, seed: int = 0, **overrides) -> nn.Module:
+    return still(name, seed, **_fields_of(name, TINY) | overrides)
+
+
+def _fields_of(name: str, values: dict) -> dict:
+    fields = {field.name for field in dataclasses.fields(MODELS[name])}
+    return {key: value for key, value in values.items() if key in fields}
+
+
+def batches(of: nn.Module, seed: int = 0, size: int = 2) -> Iterator[tuple[Tensor, Mask]]:
+    """Twenty batches with their masks: a spectrum that stays the same in time, and noise."""
+    c, generator = of.config, torch.Generator().manual_seed(seed)
+    tones = torch.linspace(-2, 2, c.mel_bins).sin()
+    for _ in range(STEPS):
+        noise = 0.1 * torch.randn(size, c.frames, c.mel_bins, generator=generator)
+        yield tones + noise, of.draw_mask(size, generator=generator)
+
+
+def train(network: nn.Module, data, lr: float, autocast: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Trains in place; the loss and the norm of the gradient before each step of AdamW, (steps,) each."""
+    network.train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    losses, norms = [], []
+    for spectrogram, mask in data:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            loss = network(spectrogram.to(network.encoder.patch_embed.weight.dtype), mask).loss
+        loss.backward()
+        losses.append(loss.detach())
+        norms.append(get_total_norm([p.grad for p in network.parameters()]))
+        optimizer.step()
+    # AdamW takes no notice of gradients that are too large by a constant, so that the losses would not show it.
+    return {"loss": torch.stack(losses), "gradient norm": torch.stack(norms)}
+
+
+@contextlib.contextmanager
+def eager():
+    """Models are plain PyTorch inside: no ops, and autocast chooses the dtypes."""
+
+    def plain(op):
+        def function(x, *tensors, impl, **options):
+            if op == "window_attention" and x.dim() == 3:
+                x = x.unflatten(2, (3, tensors[0].shape[0], -1))
+            return REFERENCES[op](x, *tensors, **options, upcast=False)
+
+        return function
+
+    with contextlib.ExitStack() as stack:
+        for module in (model, ssast):
+            plain_ops = {op: plain(op) for op in REFERENCES if hasattr(module, op)}
+            stack.enter_context(mock.patch.multiple(module, **plain_ops))
+        yield
+
+
+def assert_curves_within_budget(
+    build: Callable[..., nn.Module],
+    impl: str | None,
+    lr: float,
+    autocast: torch.dtype | None = None,
+    draws: int = -(-FEW // STEPS),
+) -> None:
+    """Training ``build(seed=..., impl=impl)``: twice the error of plain PyTorch, and one rounding more.
+
+    The error is the relative distance of a curve, in float32 or under `autocast`, from that of the same model
+    all in float64: its root mean square over the steps of all draws (of weights, data and masks).
+    """
+    curves = []
+    for seed in range(draws):
+        data = list(batches(build(seed=seed), seed))
+        actual = train(build(seed=seed, impl=impl), data, lr, autocast)
+        with eager():
+            plain = train(build(seed=seed), data, lr, autocast)
+            exact = train(build(seed=seed).double(), data, lr)
+        loss = exact["loss"]
+        assert loss[-4:].mean() < 0.9 * loss[:4].mean(), f"the curve hardly moves: {loss}"
+        curves.append([relative(run, to=exact) for run in (actual, plain, exact)])
+    compare(*zip(*curves, strict=True))
+
+
+def relative(run: dict[str, Tensor], to: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: (curve / to[name]).to(curve.dtype) for name, curve in run.items()}
