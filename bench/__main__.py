@@ -1,4 +1,4 @@
-"""python -m bench: what the models cost on this machine. See bench/README.md."""
+"""python -m bench: what the models and their kernels cost on this machine. See bench/README.md."""
 
 from __future__ import annotations
 
@@ -16,29 +16,63 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _common(level: argparse.ArgumentParser, quick: str, full: str) -> None:
+    preset = level.add_mutually_exclusive_group()
+    preset.add_argument("--quick", action="store_true", help=quick)
+    preset.add_argument("--full", action="store_true", help=full)
+    level.add_argument("--rounds", type=_positive, metavar="N", help="interleaved rounds")
+    level.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    level.add_argument(
+        "--threads", type=_positive, metavar="N", help="CPU threads; default: PyTorch's choice"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
+    from . import registry
+    from .kernels.cases import OPS
+    from .kernels.providers import PROVIDERS
+
+    results = Path(__file__).parent / "results" / "latest"
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     levels = parser.add_subparsers(dest="level", required=True, metavar="LEVEL")
+
     models = levels.add_parser("models", help="a training step of whole models: ours, plain PyTorch, SSAST")
-    preset = models.add_mutually_exclusive_group()
-    preset.add_argument("--quick", action="store_true", help="under four minutes on two CPU cores (default)")
-    preset.add_argument("--full", action="store_true", help="batches of 8 clips, 10 rounds, no limit of time")
+    models.set_defaults(run=_models, parser=models)
+    _common(
+        models,
+        "under four minutes on two CPU cores (default)",
+        "batches of 8 clips, 10 rounds, no limit of time",
+    )
+    known = ", ".join(registry.MODELS)
     models.add_argument(
-        "--models", nargs="+", metavar="NAME", help="default: the three published base models"
+        "--models", nargs="+", metavar="NAME", help=f"of {known}; default: the three published base models"
     )
     models.add_argument(
         "--dtypes", nargs="+", metavar="DTYPE", help="fp32 and bf16 (autocast); default: both"
     )
     models.add_argument("--batch-size", type=_positive, metavar="N", help="clips per step")
-    models.add_argument("--rounds", type=_positive, metavar="N", help="interleaved rounds")
     models.add_argument("--frames", type=_positive, default=1024, metavar="N", help="length of a clip")
-    models.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    models.add_argument(
-        "--threads", type=_positive, metavar="N", help="CPU threads; default: PyTorch's choice"
+    models.add_argument("--out", type=Path, default=results, metavar="DIR")
+
+    kernels = levels.add_parser("kernels", help="each op against other ways to compute it")
+    kernels.set_defaults(run=_kernels, parser=kernels)
+    _common(
+        kernels,
+        "the main shapes at batch 8, under four minutes on two CPU cores (default)",
+        "all shapes at batches of 1, 8 and 32, no limit of time",
     )
-    models.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "latest", metavar="DIR"
+    kernels.add_argument("--ops", nargs="+", metavar="OP", help=f"of {', '.join(OPS)}; default: all")
+    kernels.add_argument(
+        "--providers", nargs="+", metavar="NAME", help=f"of {', '.join(PROVIDERS)}; default: all"
     )
+    kernels.add_argument(
+        "--dtypes",
+        nargs="+",
+        metavar="DTYPE",
+        help="of fp32, bf16, fp16; default: all, without fp16 on a CPU",
+    )
+    kernels.add_argument("--batch-size", type=_positive, nargs="+", metavar="N", help="clips")
+    kernels.add_argument("--out", type=Path, default=results / "kernels", metavar="DIR")
     return parser
 
 
@@ -49,25 +83,16 @@ def _chosen(parser, option: str, given, known, default) -> tuple[str, ...]:
     return tuple(dict.fromkeys(given or default))
 
 
-def main(argv: list[str] | None = None, started: float = _STARTED) -> int:
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-
-    import torch
-
+def _models(arguments, started: float) -> None:
     from . import models, registry
-    from .device import DeviceError
 
+    parser = arguments.parser
     names = _chosen(parser, "--models", arguments.models, registry.MODELS, registry.DEFAULT_MODELS)
-    dtypes = _chosen(parser, "--dtypes", arguments.dtypes, tuple(registry.DTYPES), tuple(registry.DTYPES))
+    dtypes = _chosen(parser, "--dtypes", arguments.dtypes, registry.MODEL_DTYPES, registry.MODEL_DTYPES)
     if arguments.frames % 64:
         parser.error(
             f"--frames must be a multiple of 64 (four patches of 16 frames), got {arguments.frames}."
         )
-    if arguments.out.exists() and not arguments.out.is_dir():
-        parser.error(f"--out must be a folder, but {arguments.out} is a file.")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     options = models.Options(
         models=names,
         dtypes=dtypes,
@@ -78,8 +103,42 @@ def main(argv: list[str] | None = None, started: float = _STARTED) -> int:
         frames=arguments.frames,
         device=arguments.device,
     )
+    models.run(options, started)
+
+
+def _kernels(arguments, started: float) -> None:
+    from .kernels import cases, providers, run
+    from .registry import DTYPES
+
+    parser = arguments.parser
+    options = run.Options(
+        ops=_chosen(parser, "--ops", arguments.ops, cases.OPS, cases.OPS),
+        providers=_chosen(
+            parser, "--providers", arguments.providers, tuple(providers.PROVIDERS), providers.PROVIDERS
+        ),
+        out=arguments.out,
+        dtypes=_chosen(parser, "--dtypes", arguments.dtypes, tuple(DTYPES), ()) or None,
+        full=arguments.full,
+        batches=tuple(dict.fromkeys(arguments.batch_size)) if arguments.batch_size else None,
+        rounds=arguments.rounds,
+        device=arguments.device,
+    )
+    run.run(options, started)
+
+
+def main(argv: list[str] | None = None, started: float = _STARTED) -> int:
+    arguments = _parser().parse_args(argv)
+
+    import torch
+
+    from .device import DeviceError
+
+    if arguments.out.exists() and not arguments.out.is_dir():
+        arguments.parser.error(f"--out must be a folder, but {arguments.out} is a file.")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     try:
-        models.run(options, started)
+        arguments.run(arguments, started)
     except DeviceError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1

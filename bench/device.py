@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -64,6 +65,36 @@ def free_memory(device: torch.device) -> int | None:
     except OSError:
         pass
     return None
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Bytes of the last-level cache: of a GPU its L2, of a CPU all instances that this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    levels: dict[int, dict[str, int]] = {}
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    for cpu in cpus:
+        for cache in Path(f"/sys/devices/system/cpu/cpu{cpu}/cache").glob("index*"):
+            try:
+                level, size, shared = (
+                    (cache / f).read_text().strip() for f in ("level", "size", "shared_cpu_list")
+                )
+                levels.setdefault(int(level), {})[shared] = int(size.removesuffix("K")) * 1024
+            except (OSError, ValueError):
+                continue
+    return sum(levels[max(levels)].values()) if levels else 32 * 2**20
+
+
+def others_running(samples: int = 10) -> float | None:
+    """Processes that compete for the cores now, on average over half a second; None where it does not show."""
+    counts = []
+    for _ in range(samples):
+        try:
+            counts.append(int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) - 1)
+        except (OSError, IndexError, ValueError):
+            return None
+        time.sleep(0.05)
+    return sum(counts) / samples
 
 
 def cpu_name() -> str:

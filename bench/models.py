@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -18,7 +17,7 @@ from .data import spectrograms
 from .memory import peak_bytes, saved_bytes
 from .providers import Step, build, copy_weights, make_optimizer, share_weights
 from .registry import Case, cases
-from .timing import ProviderError
+from .timing import Progress, ProviderError
 
 # Relative tolerances of (loss, norm of all gradients) against the fp32 baseline. A bf16 value is off by up to
 # 2^-8; the loss averages over 10^5 of them, gradients pass through every layer.
@@ -46,21 +45,6 @@ class Options:
     frames: int = 1024
     device: str | None = None
     overrides: dict | None = None
-
-
-class Progress:
-    """A line per step: elapsed seconds, the estimate of the whole once there is one, what happens."""
-
-    def __init__(self, started: float):
-        self.started, self.total = started, None
-
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.started
-
-    def __call__(self, text: str) -> None:
-        total = f" of ~{max(self.total, self.elapsed):.0f}" if self.total else ""
-        print(f"[{self.elapsed:6.1f}{total} s] {text}", flush=True)
 
 
 def _shapes(rows: Sequence[Case]) -> list[tuple]:
@@ -269,6 +253,7 @@ def run(options: Options, started: float) -> Path:
     progress = Progress(started)
     torch.manual_seed(0)
     device = devices.select(options.device)
+    others = devices.others_running()
     environment = devices.environment(device)
     options.out.mkdir(parents=True, exist_ok=True)
     progress(f"{environment['device_name']}, {environment['threads']} threads, torch {environment['torch']}")
@@ -277,7 +262,7 @@ def run(options: Options, started: float) -> Path:
     batch = options.batch or (choose_batch(options, device) if hurried else FULL_BATCH)
     rounds = options.rounds or (FULL_ROUNDS if options.full else QUICK_ROUNDS)
     rows = cases(options.models, options.dtypes, batch, options.frames, options.overrides)
-    progress(f"{len(rows)} rows, {batch} clips of {options.frames} frames each")
+    progress(f"{timing.plural(len(rows), 'row')}, {timing.plural(batch, 'clip')} of {options.frames} frames")
 
     common = {
         **environment,
@@ -287,6 +272,7 @@ def run(options: Options, started: float) -> Path:
     }
     path = options.out / "measurements.csv"
     with results.Writer(path, common) as write:
+        write.add("others_running", others)
         spectrogram = spectrograms(batch, options.frames)
         progress("ceilings: matrix products of the models' shapes, memory copy")
         begin = progress.elapsed
@@ -321,7 +307,9 @@ def run(options: Options, started: float) -> Path:
         if end < math.inf:
             rounds = max(1, min(rounds, int((end - progress.elapsed) / round_seconds)))
         progress.total = progress.elapsed + rounds * round_seconds + ceiling_seconds
-        progress(f"timing: up to {rounds} interleaved rounds of {len(good)} rows")
+        progress(
+            f"timing: up to {timing.plural(rounds, 'interleaved round')} of {timing.plural(len(good), 'row')}"
+        )
         begin = progress.elapsed
 
         def another(done: int) -> bool:

@@ -14,7 +14,8 @@ from audiomae.masking import num_kept
 
 from . import flops
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODEL_DTYPES = ("fp32", "bf16")
 PROVIDERS = ("plain", "ours")
 
 # Models with a baseline in bench/plain (square patches); the default ones are the published base sizes.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import results
-from .timing import quantile
+from .timing import plural, quantile, spread
 
 _KEY = ("model", "passes", "provider", "dtype", "mode", "batch", "frames")
 
@@ -38,8 +38,15 @@ class Row:
     def name(self) -> str:
         return self.model + ({1: ", one pass", 2: ", two passes"}[self.passes] if self.full_tokens else "")
 
-    def seconds_at(self, q: float) -> float:
-        return quantile(list(self.seconds.values()), q)
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return quantile(list(self.seconds.values()), 0.5)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Seconds, see `timing.spread`."""
+        return spread(list(self.seconds.values()))
 
 
 def collect(records: Iterable[dict]) -> list[Row]:
@@ -71,6 +78,12 @@ def collect(records: Iterable[dict]) -> list[Row]:
     return sorted(rows.values(), key=place)
 
 
+def within_rounds(slow: dict[int, float], fast: dict[int, float]) -> tuple[float, float, float]:
+    """Median and spread of ``slow / fast`` over the rounds that both have."""
+    ratios = [slow[i] / fast[i] for i in slow.keys() & fast.keys()]
+    return quantile(ratios, 0.5), *spread(ratios)
+
+
 @dataclass(frozen=True)
 class Ratio:
     """How many times `fast` beats `slow` in time, memory and FLOPs."""
@@ -78,10 +91,9 @@ class Ratio:
     fast: Row
     slow: Row
 
-    def time(self, q: float) -> float:
-        """From the ratios within each round: what slows the machine down for a while cancels."""
-        rounds = self.fast.seconds.keys() & self.slow.seconds.keys()
-        return quantile([self.slow.seconds[i] / self.fast.seconds[i] for i in rounds], q)
+    def time(self) -> tuple[float, float, float]:
+        """Median and spread of the ratios within each round: what slows the machine down for a while cancels."""
+        return within_rounds(self.slow.seconds, self.fast.seconds)
 
     def metric(self, name: str) -> float:
         return self.slow.metrics[name] / self.fast.metrics[name]
@@ -134,7 +146,7 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join([joined(header), rule, *map(joined, lines)])
 
 
-def _range(median: float, low: float, high: float, digits: int = 2) -> str:
+def with_spread(median: float, low: float, high: float, digits: int = 2) -> str:
     if low == high:  # a single round has no spread to show
         return f"{median:.{digits}f}"
     return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
@@ -147,9 +159,9 @@ def rows_table(rows: Sequence[Row]) -> str:
     for row in rows:
         line = [row.name, row.provider, row.dtype]
         if row.error is None:
-            median, low, high = (row.seconds_at(q) for q in (0.5, 0.1, 0.9))
+            median, (low, high) = row.median, row.spread
             line += [
-                _range(row.batch / median, row.batch / high, row.batch / low),
+                with_spread(row.batch / median, row.batch / high, row.batch / low),
                 f"{1e3 * median:.0f}",
                 f"{row.metrics['flops'] / 1e9:.1f}",
                 f"{1e3 * row.metrics['floor']:.0f}",
@@ -175,12 +187,40 @@ def ratios_table(ratios: Sequence[Ratio], providers: bool) -> str:
         )
         line += [
             fast.dtype,
-            _range(*(ratio.time(q) for q in (0.5, 0.1, 0.9))),
+            with_spread(*ratio.time()),
             f"{ratio.metric('flops'):.2f}",
         ]
         lines.append([*line, f"{ratio.metric('saved'):.2f}", f"{ratio.metric('peak'):.2f}"])
-    header = ["this", "is faster than"] + ([] if providers else ["both by"])
-    return markdown([*header, "dtype", "speed-up", "FLOP model", "saved bytes", "peak memory"], lines)
+    header = ["this", "against"] + ([] if providers else ["both by"])
+    return markdown([*header, "dtype", "times as fast", "FLOP model", "saved bytes", "peak memory"], lines)
+
+
+def environment(first: dict) -> str:
+    """The machine and the versions, from any row of the CSV."""
+    return (
+        f"{first['device_name']}; {plural(first['threads'], 'thread')} of {plural(int(first['cores']), 'core')}; "
+        f"{first['system']}; torch {first['torch']}, Python {first['python']}; "
+        f"commit {first['commit'] or 'unknown'}; {first['started']}; preset {first['preset']}."
+    )
+
+
+def warnings(records: Sequence[dict]) -> list[str]:
+    """What makes the run's times doubtful, as sentences."""
+    found = []
+    cores = int(records[0]["cores"] or 1)
+    for record in records:
+        if record["metric"] == "others_running" and (record["value"] or 0) > max(0.5, 0.1 * cores):
+            found.append(
+                f"The machine was busy at the start: {record['value']:.1f} other processes were running on "
+                f"{plural(cores, 'core')}. Run it again on an idle machine."
+            )
+    copies = [record["value"] for record in records if record["metric"] == "copy_ceiling"]
+    if len(copies) > 1 and abs(copies[-1] - copies[0]) > 0.2 * max(copies[0], copies[-1]):
+        found.append(
+            f"The speed of the machine changed during the run: memory was copied at {copies[0] / 1e9:.1f} GB/s "
+            f"before the timing and at {copies[-1] / 1e9:.1f} GB/s after it."
+        )
+    return found
 
 
 def ceilings_table(records: Sequence[dict]) -> str:
@@ -206,6 +246,11 @@ def ceilings_table(records: Sequence[dict]) -> str:
     return markdown(["ceiling", "lowest", "median", "highest", "unit"], lines)
 
 
+def brackets(rounds: int) -> str:
+    """What stands in brackets after a median of so many rounds."""
+    return "the 10 % and 90 % quantiles" if rounds >= 5 else "the lowest and the highest"
+
+
 def text(records: Sequence[dict]) -> str:
     """The whole report in Markdown."""
     rows, first = collect(records), records[0]
@@ -213,12 +258,11 @@ def text(records: Sequence[dict]) -> str:
     one = rows[0]
     sections = [
         "# Benchmark: whole models, one training step",
-        f"{first['device_name']}; {first['threads']} threads of {first['cores']} cores; {first['system']}; "
-        f"torch {first['torch']}, Python {first['python']}; commit {first['commit'] or 'unknown'}; "
-        f"{first['started']}; preset {first['preset']}.",
-        f"A step is forward, backward and AdamW on {one.batch} clips of {one.frames} frames x 128 mel bins "
-        f"({one.tokens} tokens), spectrograms of real recordings. {rounds} interleaved rounds; the figures "
-        "are medians with the 10 % and 90 % quantiles in brackets. bf16 is fp32 weights under bf16 autocast. "
+        environment(first),
+        *(f"**{warning}**" for warning in warnings(records)),
+        f"A step is forward, backward and AdamW on {plural(one.batch, 'clip')} of {one.frames} frames x 128 mel bins "
+        f"({one.tokens} tokens), spectrograms of real recordings. {plural(rounds, 'interleaved round')}; "
+        f"the figures are medians with {brackets(rounds)} in brackets. bf16 is fp32 weights under bf16 autocast. "
         "No dropout anywhere: each row's loss and gradient norm were checked against the fp32 baseline with "
         "the same weights and mask, and a row that failed has no numbers.",
         rows_table(rows),
@@ -278,12 +322,18 @@ def write(csv: Path, out: Path) -> str:
     report, rows = text(records), collect(records)
     (out / "report.md").write_text(report + "\n![throughput](throughput.png)\n\n![memory](memory.png)\n")
 
-    def spread(row):
-        low, median, high = (row.batch / row.seconds_at(q) for q in (0.9, 0.5, 0.1))
-        return median - low, high - median
+    def whiskers(row):
+        low, high = row.spread
+        return row.batch / row.median - row.batch / high, row.batch / low - row.batch / row.median
 
-    speed = [("median, 10 % and 90 % quantiles", lambda row: row.batch / row.seconds_at(0.5), spread)]
-    _plot(rows, out / "throughput.png", "Training throughput", "clips per second", speed)
+    title = f"median, {brackets(max((len(row.seconds) for row in rows), default=0))}"
+    _plot(
+        rows,
+        out / "throughput.png",
+        "Training throughput",
+        "clips per second",
+        [(title, lambda row: row.batch / row.median, whiskers)],
+    )
     memory = [
         ("saved for the backward pass", lambda row: row.metrics["saved"] / 1e6, None),
         ("peak of a fresh process", lambda row: row.metrics["peak"] / 1e6, None),

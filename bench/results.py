@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 # fmt: off
-COLUMNS = [
-    "started", "preset", "level",
-    "model", "passes", "provider", "dtype", "mode", "batch", "frames", "tokens", "kept",
-    "round", "metric", "part", "value", "unit", "note",
+_RUN = ["started", "preset", "level"]
+_MEASUREMENT = ["round", "metric", "part", "value", "unit", "note"]
+_ENVIRONMENT = [
     "device", "device_name", "cpu", "cores", "threads", "torch", "python", "system", "commit",
 ]
+COLUMNS = [
+    *_RUN, "model", "passes", "provider", "dtype", "mode", "batch", "frames", "tokens", "kept", *_MEASUREMENT,
+    *_ENVIRONMENT,
+]
+KERNEL_COLUMNS = [*_RUN, "op", "shape", "provider", "dtype", "mode", "batch", *_MEASUREMENT, *_ENVIRONMENT]
 # fmt: on
+_WHOLE_NUMBERS = ("batch", "frames", "tokens", "kept", "passes", "round", "threads")
 
 
 class Writer:
@@ -20,12 +26,13 @@ class Writer:
 
     Args:
         common: the columns that are the same in every row.
+        columns: all columns, of the level that is measured.
     """
 
-    def __init__(self, path: Path, common: dict):
+    def __init__(self, path: Path, common: dict, columns: Sequence[str] = COLUMNS):
         self.common = common
         self.file = path.open("w", newline="")
-        self.csv = csv.DictWriter(self.file, COLUMNS)
+        self.csv = csv.DictWriter(self.file, columns)
         self.csv.writeheader()
 
     def __enter__(self):
@@ -40,7 +47,7 @@ class Writer:
         self.file.flush()
 
 
-def read(path: Path) -> list[dict]:
+def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict]:
     """Rows with numbers as numbers; an empty value is None.
 
     Raises:
@@ -48,7 +55,7 @@ def read(path: Path) -> list[dict]:
     """
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        missing = sorted(set(COLUMNS) - set(reader.fieldnames or ()))
+        missing = sorted(set(columns) - set(reader.fieldnames or ()))
         if missing:
             raise ValueError(f"{path} is not a benchmark record: it lacks the columns {', '.join(missing)}.")
         rows = list(reader)
@@ -56,6 +63,6 @@ def read(path: Path) -> list[dict]:
         raise ValueError(f"{path} holds no measurements.")
     for row in rows:
         row["value"] = float(row["value"]) if row["value"] else None
-        for name in ("batch", "frames", "tokens", "kept", "passes", "round", "threads"):
+        for name in row.keys() & set(_WHOLE_NUMBERS):
             row[name] = int(row[name]) if row[name] else None
     return rows

@@ -5,8 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
 
 import torch
+
+from .device import cache_bytes
 
 
 class ProviderError(RuntimeError):
@@ -19,13 +23,35 @@ FAILURES = (RuntimeError, MemoryError, ValueError, TypeError)
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of one run of `variant` in `round`, and what the run returned; or the error that ended it."""
+    """Seconds of one run of `variant` in `round`, and what the run returned; or the error that ended it.
+
+    What is timed in parts has the seconds of each.
+    """
 
     variant: Hashable
     round: int
-    seconds: float | None
+    seconds: float | Sequence[float] | None
     result: object = None
     error: str | None = None
+
+
+class Progress:
+    """A line per step: elapsed seconds, the estimate of the whole once there is one, what happens."""
+
+    def __init__(self, started: float):
+        self.started, self.total = started, None
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.started
+
+    def __call__(self, text: str) -> None:
+        total = f" of ~{max(self.total, self.elapsed):.0f}" if self.total else ""
+        print(f"[{self.elapsed:6.1f}{total} s] {text}", flush=True)
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def describe(error: BaseException) -> str:
@@ -39,9 +65,9 @@ def describe(error: BaseException) -> str:
 
 
 def interleave(
-    variants: Mapping[Hashable, Callable[[], object]],
+    variants: Mapping[Hashable, Callable],
     rounds: int,
-    measure: Callable[[Callable[[], object]], tuple[float, object]],
+    measure: Callable[[Callable], tuple[float | Sequence[float], object]],
     another: Callable[[int], bool] = lambda done: True,
 ) -> Iterator[Sample]:
     """Run the variants round robin; each round starts one variant later than the one before.
@@ -85,6 +111,56 @@ def measure_cuda(function):
 
     result = function()
     return do_bench(function, warmup=100, rep=500, return_mode="median") / 1e3, result
+
+
+class Call(Protocol):
+    """A forward pass, and a backward pass of what it returned; without one, `backward` is None."""
+
+    def forward(self) -> torch.Tensor: ...
+
+    backward: Callable[[torch.Tensor], object] | None
+
+
+def measure_passes_cpu(call: Call, clock=time.perf_counter):
+    """One run; seconds of (forward,) or (forward, backward)."""
+    times = [clock()]
+    output = call.forward()
+    times.append(clock())
+    if call.backward is not None:
+        call.backward(output)
+        times.append(clock())
+    return tuple(b - a for a, b in pairwise(times)), None
+
+
+class PassesOnCUDA:
+    """As `measure_passes_cpu` with device time: medians of `repeats` runs, each with the L2 cache flushed."""
+
+    def __init__(self, device: torch.device, repeats: int = 20):
+        self.repeats = repeats
+        self.flush = torch.empty(max(2 * cache_bytes(device), 2**28), dtype=torch.int8, device=device)
+
+    def __call__(self, call: Call):
+        events = [
+            [torch.cuda.Event(enable_timing=True) for _ in range(2 if call.backward is None else 3)]
+            for _ in range(self.repeats)
+        ]
+        for run in events:
+            self.flush.zero_()  # while it runs, the launches that follow are queued
+            run[0].record()
+            output = call.forward()
+            run[1].record()
+            if call.backward is not None:
+                call.backward(output)
+                run[2].record()
+        torch.cuda.synchronize()
+        passes = [[a.elapsed_time(b) / 1e3 for a, b in pairwise(run)] for run in events]
+        return tuple(quantile(times, 0.5) for times in zip(*passes, strict=True)), None
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """The 10 % and 90 % quantiles; the lowest and the highest of fewer than five values."""
+    outer = (0.1, 0.9) if len(values) >= 5 else (0, 1)
+    return quantile(values, outer[0]), quantile(values, outer[1])
 
 
 def quantile(values: Sequence[float], q: float) -> float:

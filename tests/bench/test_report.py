@@ -44,14 +44,7 @@ def test_ratios_are_taken_within_rounds(record):
     rows = report.collect(results.read(record))
 
     def found(ratios):
-        return {
-            (r.fast.model, r.fast.provider, r.slow.model, r.slow.passes): (
-                r.time(0.1),
-                r.time(0.5),
-                r.time(0.9),
-            )
-            for r in ratios
-        }
+        return {(r.fast.model, r.fast.provider, r.slow.model, r.slow.passes): r.time() for r in ratios}
 
     architecture = found(report.architecture_ratios(rows))
     assert architecture == {
@@ -82,9 +75,9 @@ def test_table_figures(record):
     text = report.text(results.read(record))
     line = next(line for line in text.splitlines() if "mae_ast_patch_base" in line and "ours" in line)
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
-    # rounds 0.5, 0.5, 1.5 s: the 90 % quantile is 1.3 s; 2 clips per step
+    # rounds 0.5, 0.5, 1.5 s: too few for quantiles; 2 clips per step
     assert cells == [
-        "mae_ast_patch_base", "ours", "fp32", "4.00 (1.54 to 4.00)", "500", "1.0", "250", "50 %", "1", "2",
+        "mae_ast_patch_base", "ours", "fp32", "4.00 (1.33 to 4.00)", "500", "1.0", "250", "50 %", "1", "2",
     ]  # fmt: skip
 
 
