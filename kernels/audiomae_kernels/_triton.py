@@ -16,8 +16,9 @@ from audiomae_kernels import _library
 try:
     import triton
     import triton.language as tl
+    from triton.language.target_info import is_hip
 except ImportError as error:
-    triton = tl = None
+    triton = tl = is_hip = None
     _why_not = f"Triton does not import ({error}): on Linux it comes with PyTorch's own builds."
 else:
     _why_not = ""

@@ -38,14 +38,16 @@ def test_quick_selection(tmp_path):
     assert not report["findings"], "\n".join(report["findings"])
     assert {row["target"] for row in report["rows"]} == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
     assert {row["dtype"] for row in report["rows"]} == {"float32", "bfloat16", "float16"}
+    from audiomae_kernels.inspect import lint
+
+    reviewed = lint.binaries_in(json.loads(BASELINE.read_text()))
+    assert reviewed == len(report["rows"]), "the baseline holds binaries that no longer exist"
 
 
 @pytest.mark.slow
 def test_every_target_dtype_and_alignment(tmp_path):
-    report = inspect(tmp_path, "--baseline", str(BASELINE))
+    report = inspect(tmp_path)
     assert not report["findings"], "\n".join(report["findings"])
-    reviewed = json.loads(BASELINE.read_text())["binaries"]
-    assert len(reviewed) == len(report["rows"]), "the baseline holds binaries that no longer exist"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def broken(tmp_path_factory):
     )
     found = {place: {row["launch"]: [] for row in report["rows"]} for place in (*TARGETS, "traffic")}
     for text in report["findings"]:
-        launch, _, target = text.split(": ")[0].split(" | ")[:3]
+        launch, *_, target = text.split(": ")[0].split(" | ")
         found[target if target in found else "traffic"][launch].append(text)
     return found
 
@@ -86,18 +88,40 @@ def test_a_fine_kernel_passes(broken):
     assert all(broken[place]["fine"] == [] for place in broken)
 
 
-def test_differences_from_the_baseline_are_found():
+def test_differences_from_the_baseline_are_found(tmp_path):
     from audiomae_kernels.inspect import lint
 
     row = {"launch": "op", "kernel": "k", "target": "sm_90", "dtype": "bfloat16", "aligned": True}
-    row |= {"registers": 40, "shared": 0, "matrix": "", "loads": {"x": [128]}, "stores": {}}
-    reviewed = {"triton": lint.triton.__version__, "binaries": {lint.key(row): [40, 0, "", {"x": [128]}, {}]}}
-    assert lint.compare([row], reviewed) == []
+    row |= {"registers": 40, "shared": 0, "matrix": "", "loads": {"x": [32, 128]}, "stores": {}}
+    other = row | {"target": "sm_80", "registers": 48}
+    lint.write_baseline([row, other], tmp_path / "baseline.json")
+    reviewed = json.loads((tmp_path / "baseline.json").read_text())
+    assert lint.binaries_in(reviewed) == 2
+    assert lint.compare([row, other], reviewed) == []
     (found,) = lint.compare([row | {"registers": 48}], reviewed)
     assert found.endswith("registers is 48, and was 40 when reviewed")
-    (found,) = lint.compare([row | {"target": "sm_80"}], reviewed)
+    (found,) = lint.compare([row | {"loads": {"x": [128]}}], reviewed)
+    assert found.endswith("loads is x 128, and was x 32/128 when reviewed")
+    (found,) = lint.compare([row | {"target": "sm_86"}], reviewed)
     assert found.endswith("nobody has reviewed it")
     assert lint.compare([row | {"registers": 48}], reviewed | {"triton": "0"}) == []
+
+
+@pytest.mark.parametrize("dtype, allowed", [("float32", False), ("bfloat16", False), ("float16", True)])
+def test_tf32_is_for_float16_alone(dtype, allowed):
+    from audiomae_kernels.inspect import lint
+    from audiomae_kernels.inspect.launches import Launch
+
+    row = dict.fromkeys(("spills", "local", "atomics", "narrow"), 0) | {"reduced": 4, "matrix": "HMMA"}
+    row |= {
+        "launch": "op",
+        "kernel": "k",
+        "function": "k",
+        "target": "sm_90",
+        "dtype": dtype,
+        "aligned": True,
+    }
+    assert (lint.violations(row, Launch("op", print)) == []) == allowed
 
 
 def test_tables_label_predictions():

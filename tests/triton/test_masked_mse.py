@@ -68,6 +68,30 @@ def test_ids_out_of_range_have_a_target_of_zeros(monkeypatch):
     torch.testing.assert_close(actual["grad of pred"], (pred - target) / 32)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_nothing_beyond_the_last_token_is_used(monkeypatch, normalize):
+    """13 tokens in tiles of 8, NaN and wild ids before and after: the last tile of the last row is partial."""
+    case = patch_case("masked_mse", "", 64, 64, (16, 16), K=13, m=2, normalize=normalize)
+    tensors = {name: in_the_middle(tensor) for name, tensor in case.tensors(torch.float32).items()}
+    with guarded_allocations(monkeypatch):
+        actual = evaluate(case.call("triton"), tensors, ("pred",))
+    expected = evaluate(case.call("reference"), tensors, ("pred",))
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=name)
+
+
+def test_nan_stays_in_its_token():
+    case = patch_case("masked_mse", "", 64, 64, (16, 16), K=13)
+    tensors = case.tensors(torch.float32)
+    clean = evaluate(case.call("triton"), tensors, ("pred",))["grad of pred"]
+    tensors["pred"][1, 12, 3] = float("nan")
+    dirty = evaluate(case.call("triton"), tensors, ("pred",))["grad of pred"]
+    others = torch.ones_like(clean, dtype=torch.bool)
+    others[1, 12, 3] = False
+    assert clean.isfinite().all()
+    assert torch.equal(dirty[others], clean[others]) and dirty[1, 12, 3].isnan()
+
+
 def test_strided_inputs_and_mixed_dtypes():
     pred = torch.randn(16, 3, 2).bfloat16().permute(2, 1, 0)
     spectrogram, ids = torch.randn(2, 8, 8).mT, torch.tensor([[3, 0, 1]]).expand(2, 3)

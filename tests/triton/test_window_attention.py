@@ -6,6 +6,7 @@ from functools import partial
 import audiomae_kernels as ak
 import pytest
 import torch
+from audiomae_kernels import _library
 from audiomae_kernels._triton import interpreting, tl, triton
 from audiomae_kernels.window_attention import clip_window, window_index
 from budget import assert_within_budget, compare, evaluate, to_exact
@@ -103,7 +104,10 @@ def budget_params():
         params.append(pytest.param(case, dtype, id=name, marks=() if row in fast else pytest.mark.slow))
     others = [
         window_attention_case("as published", (64, 8), (4, 4), (2, 0), B=1, H=16, d=32),
-        window_attention_case("large windows", (9, 16), (4, 8), (2, 3), B=1, H=2, d=32),
+        window_attention_case("32 tokens, padded", (6, 16), (4, 8), (2, 3), B=1, H=2, d=32),
+        window_attention_case("64 tokens", (8, 16), (8, 8), (2, 3), B=1, H=1, d=80),
+        window_attention_case("64 tokens, clipped", (10, 6), (8, 8), (3, 3), "dot", B=2, H=1, d=64),
+        window_attention_case("49 tokens, no bias", (7, 8), (7, 7), (0, 2), B=1, H=2, d=24, bias=False),
         window_attention_case("wide heads", (4, 4), (4, 4), (0, 0), B=1, H=2, d=128),
         *(case for case in CASES if case.op == "window_attention" and case.make()["qkv"].numel()),
     ]
@@ -171,12 +175,13 @@ STRIDES = {
 
 
 @pytest.mark.parametrize("view", STRIDES)
-def test_strides(view):
-    case = window_attention_case("", (5, 4), (2, 2), (1, 0), B=2, H=3)
+@pytest.mark.parametrize("d", [16, 80])
+def test_strides(view, d):
+    case = window_attention_case("", (5, 4), (2, 2), (1, 0), B=2, H=3, d=d)
     tensors = case.tensors(torch.bfloat16)
     qkv = STRIDES[view](tensors["qkv"])
     assert torch.equal(qkv, tensors["qkv"])
-    cotangent = torch.randn(2, 20, 48)
+    cotangent = torch.randn(2, 20, 3 * d)
     expected = evaluate(case.call("triton"), tensors, WRT, cotangent)
     cotangent = cotangent.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     actual = evaluate(case.call("triton"), tensors | {"qkv": qkv}, WRT, cotangent)
@@ -219,30 +224,43 @@ def test_gradients_that_are_wanted_alone(wanted):
 
 
 @pytest.mark.parametrize("scoring", ["cosine", "dot"])
-@pytest.mark.parametrize("what, value", [("q", "nan"), ("k", "inf"), ("v", "nan")])
-def test_a_bad_token_stays_in_its_window(what, value, scoring):
-    case = window_attention_case("", (7, 5), (4, 3), (2, 1), scoring, B=2, H=3)
-    tensors = case.tensors(torch.bfloat16)
-    cotangent = torch.randn(2, 35, 48)
+@pytest.mark.parametrize(
+    "what, value, dtype, window, d",
+    [
+        ("q", "nan", torch.bfloat16, (4, 3), 16),
+        ("k", "inf", torch.bfloat16, (4, 3), 16),
+        ("v", "nan", torch.float32, (4, 3), 16),
+        ("k", "nan", torch.float16, (6, 3), 48),
+    ],
+)
+def test_a_bad_token_stays_in_its_window(what, value, dtype, window, d, scoring):
+    """In forward and backward: all other outputs and gradients keep their bits."""
+    case = window_attention_case("", (7, 5), window, (2, 1), scoring, B=2, H=3, d=d)
+    tensors = case.tensors(dtype)
+    cotangent = torch.randn(2, 35, 3 * d)
     clean = evaluate(case.call("triton"), tensors, ("qkv",), cotangent)
     token = 17
     tensors["qkv"] = tensors["qkv"].detach().clone()
     tensors["qkv"][1, token, "qkv".index(what)] = float(value)
     dirty = evaluate(case.call("triton"), tensors, ("qkv",), cotangent)
 
-    index, _ = window_index((7, 5), (4, 3), (2, 1))
+    index, _ = window_index((7, 5), window, (2, 1))
     elsewhere = torch.ones(2, 35, dtype=torch.bool)
     (members,) = index[(index == token).any(1)]
     elsewhere[1, members[members < 35]] = False
+    assert clean["output"].isfinite().all() and clean["grad of qkv"].isfinite().all()
     for name in clean:
         assert torch.equal(dirty[name][elsewhere], clean[name][elsewhere]), name
         assert not dirty[name][~elsewhere].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_extreme_scores(dtype):
+@pytest.mark.parametrize(
+    "dtype, grid, window, d",
+    [*((dtype, (5, 3), (2, 2), 16) for dtype in DTYPES), (torch.float32, (7, 3), (6, 3), 24)],
+)
+def test_extreme_scores(dtype, grid, window, d):
     """Tokens of zeros, as padding has, tiny ones whose norm is clamped, large ones; tau at its clamp."""
-    case = window_attention_case("", (5, 3), (2, 2), (1, 1), H=4)
+    case = window_attention_case("", grid, window, (1, 1), H=4, d=d)
     tensors = case.tensors(dtype)
     zero, tiny = tensors["qkv"][:, ::3], tensors["qkv"][:, 1::3]
     zero.zero_()
@@ -277,18 +295,21 @@ def test_shift_borders_cost_100_and_exclude_nothing():
         torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-4)
 
 
-def test_refusals():
-    tensors = {"qkv": torch.zeros(1, 16, 3, 1, 144), "tau": torch.ones(1), "bias": None}
+def test_refusals(monkeypatch):
+    tensors = {"qkv": torch.randn(1, 16, 3, 1, 144), "tau": torch.ones(1), "bias": None}
     options = {"grid": (4, 4), "window": (4, 4)}
-    with pytest.raises(RuntimeError, match=r"heads of up to 128 channels .* here they are 16 x 144"):
+    message = "windows of up to 64 tokens and heads of up to 128 channels, not "
+    with pytest.raises(RuntimeError, match=f"{message}16 and 144"):
         ak.window_attention(**tensors, **options, impl="triton")
+    monkeypatch.setitem(_library._PREFERRED, "cpu", "triton")
+    expected = ak.window_attention(**tensors, **options, impl="reference")
+    assert torch.equal(ak.window_attention(**tensors, **options), expected)
     tensors["qkv"] = torch.zeros(1, 16, 3, 1, 32, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="It serves float32, bfloat16, float16, not float64"):
         ak.window_attention(**tensors, **options, impl="triton")
-    tensors["qkv"] = torch.zeros(1, 64, 3, 1, 32)
-    with pytest.raises(RuntimeError, match="fill at most 4096 bytes; here they are 64 x 32"):
-        ak.window_attention(**tensors, grid=(8, 8), window=(8, 8), impl="triton")
-    assert ak.window_attention(**tensors, grid=(8, 8), window=(8, 8)).shape == (1, 64, 32)
+    tensors["qkv"] = torch.zeros(1, 66, 3, 1, 32)
+    with pytest.raises(RuntimeError, match=f"{message}66 and 32"):
+        ak.window_attention(**tensors, grid=(11, 6), window=(11, 6), impl="triton")
 
 
 def test_under_fake_tensors_nothing_runs():

@@ -61,11 +61,11 @@ def _backward(tensor, out: Tensor, *inputs: Tensor) -> None:
     torch.autograd.grad(out, inputs, tensor(*out.shape, dtype=out.dtype).detach())
 
 
-def _window_attention(tensor, clips, scoring="cosine", shift=(2, 0)):
-    qkv = tensor(clips, TOKENS, 3, HEADS, WIDTH // HEADS)
-    bias = tensor(HEADS, 16, 16, dtype=torch.float32)
-    tau = tensor(HEADS, dtype=torch.float32) if scoring == "cosine" else None
-    options = {"grid": GRID, "window": (4, 4), "shift": shift, "scoring": scoring, "impl": "triton"}
+def _window_attention(tensor, clips, scoring="cosine", window=(4, 4), heads=HEADS, channels=WIDTH // HEADS):
+    qkv, N = tensor(clips, TOKENS, 3, heads, channels), window[0] * window[1]
+    bias = tensor(heads, N, N, dtype=torch.float32)
+    tau = tensor(heads, dtype=torch.float32) if scoring == "cosine" else None
+    options = {"grid": GRID, "window": window, "shift": (2, 0), "scoring": scoring, "impl": "triton"}
     out = ak.window_attention(qkv, tau, bias, **options)
     _backward(tensor, out, *(x for x in (qkv, tau, bias) if x is not None))
 
@@ -95,25 +95,38 @@ def _info_nce(tensor, clips, **of_target):
     _backward(tensor, ak.info_nce(pred, target, impl="triton"), pred, target)
 
 
+def _attention(
+    name: str, window=(4, 4), heads=HEADS, channels=WIDTH // HEADS, quick=False, **options
+) -> Launch:
+    row, keys = TOKENS * heads * channels, window[0] * window[1]
+    return Launch(
+        name,
+        partial(_window_attention, window=window, heads=heads, channels=channels, **options),
+        {
+            "window_attention_fwd_kernel": {"qkv": 3 * row, "out": row},
+            "window_attention_bwd_kernel": {"grad": row, "qkv": 3 * row, "dqkv": 3 * row},
+        },
+        # QK and PV, and in the backward pass QK again and four gradients
+        {
+            "window_attention_fwd_kernel": 2 * 2 * keys * row,
+            "window_attention_bwd_kernel": 5 * 2 * keys * row,
+        },
+        {"window_attention_bwd_kernel": 1.15},
+        quick,
+    )
+
+
 _ROW = TOKENS * WIDTH
-_ATTENTION = {
-    "streams": {
-        "window_attention_fwd_kernel": {"qkv": 3 * _ROW, "out": _ROW},
-        "window_attention_bwd_kernel": {"grad": _ROW, "qkv": 3 * _ROW, "dqkv": 3 * _ROW},
-    },
-    # QK and PV, and in the backward pass QK again and four gradients; 16 keys for each query
-    "flops": {
-        "window_attention_fwd_kernel": 2 * 2 * 16 * _ROW,
-        "window_attention_bwd_kernel": 5 * 2 * 16 * _ROW,
-    },
-    "slack": {"window_attention_bwd_kernel": 1.15},
-}
 _MASKED = (TOKENS - KEPT) * VALUES
 _PAIR = 384 * VALUES
 
 LAUNCHES = (
-    Launch("window_attention", _window_attention, **_ATTENTION),
-    Launch("window_attention, dot", partial(_window_attention, scoring="dot"), **_ATTENTION, quick=False),
+    _attention("window_attention", quick=True),
+    _attention("window_attention, dot", scoring="dot"),
+    _attention("window_attention, 80 channels", heads=6, channels=80),
+    _attention("window_attention, 128 channels", heads=4, channels=128),
+    _attention("window_attention, 8x4 windows", window=(8, 4), heads=6, channels=80),
+    _attention("window_attention, 8x8 windows", window=(8, 8), heads=8, channels=64),
     Launch(
         "patch_gather",
         _patch_gather,

@@ -1,10 +1,9 @@
 """window_attention in Triton: a program attends in W neighbouring windows of HG neighbouring heads.
 
-Its tile of q, k or v is loaded as (W * NP tokens, HG * DP channels), whole 128-byte lines where heads are
-contiguous, and worked on as (U, NP, DC): a batch of U = W * HG * C units, small matrices that the warps share
-out. NP and DP are the N tokens of a window and the D channels of a head, padded to powers of two of at least
-16; long heads are cut into C pieces of DC channels. What belongs to a window and head as a whole, such as the
-scores, is kept C times, by each piece's warp. See ``kernels/README.md``.
+Its tile of q, k or v is loaded as (W * NP tokens, HG * DC channels), whole 128-byte lines where heads are
+contiguous, and worked on as (U, NP, DC): U = W * HG small matrices, which the warps share out. NP is the N
+tokens of a window, padded to a power of two of at least 16. The D channels of a head come in C chunks of DC,
+one after the other: nearly always one. See ``kernels/README.md``.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from audiomae_kernels import _library
 from audiomae_kernels._partials import sum_partials
-from audiomae_kernels._triton import device_of, multiprocessors, tl, triton
+from audiomae_kernels._triton import device_of, is_hip, multiprocessors, tl, triton
 
 PROGRAMS = 6  # of the backward a multiprocessor: two rounds if it holds three at a time, three if two
 
@@ -52,31 +51,29 @@ def token_places(
 
 
 @triton.jit
-def to_units(b_x, W: tl.constexpr, HG: tl.constexpr, C: tl.constexpr):
-    """(W * NP, HG * DP) -> (U, NP, DC)"""
-    NP: tl.constexpr = b_x.shape[0] // W
-    DC: tl.constexpr = b_x.shape[1] // (HG * C)
-    return b_x.reshape(W, NP, HG * C, DC).permute(0, 2, 1, 3).reshape(W * HG * C, NP, DC)
+def channels(i_chunk, i_head, H: tl.constexpr, D: tl.constexpr, HG: tl.constexpr, DC: tl.constexpr):
+    """Head and channel of each column of a tile, int64, and whether they exist: (1, HG * DC)"""
+    o_col = tl.arange(0, HG * DC)[None, :]
+    o_head, o_channel = (i_head + o_col // DC).to(tl.int64), (i_chunk * DC + o_col % DC).to(tl.int64)
+    return o_head, o_channel, (o_head < H) & (o_channel < D)
 
 
 @triton.jit
-def from_units(b_x, W: tl.constexpr, HG: tl.constexpr, C: tl.constexpr):
-    """(U, NP, DC) -> (W * NP, HG * DP)"""
+def load_units(p_x, mask, W: tl.constexpr, HG: tl.constexpr):
+    """(W * NP, HG * DC) -> (U, NP, DC)"""
+    b_x = tl.load(p_x, mask=mask, other=0.0)
+    NP: tl.constexpr = b_x.shape[0] // W
+    DC: tl.constexpr = b_x.shape[1] // HG
+    return b_x.reshape(W, NP, HG, DC).permute(0, 2, 1, 3).reshape(W * HG, NP, DC)
+
+
+@triton.jit
+def store_units(p_x, b_x, mask, W: tl.constexpr, HG: tl.constexpr):
+    """(U, NP, DC) -> (W * NP, HG * DC)"""
     NP: tl.constexpr = b_x.shape[1]
     DC: tl.constexpr = b_x.shape[2]
-    return b_x.reshape(W, HG * C, NP, DC).permute(0, 2, 1, 3).reshape(W * NP, HG * C * DC)
-
-
-@triton.jit
-def sum_pieces(b_x, C: tl.constexpr):
-    """(U, n, m): each unit's sum over the C pieces of its head."""
-    if C > 1:
-        U: tl.constexpr = b_x.shape[0]
-        n: tl.constexpr = b_x.shape[1]
-        m: tl.constexpr = b_x.shape[2]
-        b_x = tl.sum(b_x.reshape(U // C, C, n, m), 1, keep_dims=True)
-        b_x = tl.broadcast_to(b_x, U // C, C, n, m).reshape(U, n, m)
-    return b_x
+    b_x = b_x.to(p_x.dtype.element_ty).reshape(W, HG, NP, DC).permute(0, 2, 1, 3)
+    tl.store(p_x, b_x.reshape(W * NP, HG * DC), mask=mask)
 
 
 @triton.jit
@@ -92,9 +89,13 @@ def dot(b_a, b_b, PRECISION: tl.constexpr = "ieee"):
 
 @triton.jit
 def dot_wide(b_a, b_b):
-    """`dot` for a left side in float32 that float16 cannot hold: TF32 has the same fraction and the range."""
+    """`dot` for a left side in float32 that float16 cannot hold: TF32 has the same fraction and the range.
+
+    AMD's float32 products are exact; most of its GPUs have no TF32.
+    """
+    PRECISION: tl.constexpr = "ieee" if is_hip() else "tf32"
     WIDE: tl.constexpr = b_b.dtype == tl.float16
-    return dot(b_a, b_b.to(tl.float32), "tf32") if WIDE else dot(b_a.to(b_b.dtype), b_b)
+    return dot(b_a, b_b.to(tl.float32), PRECISION) if WIDE else dot(b_a.to(b_b.dtype), b_b)
 
 
 @triton.jit
@@ -106,21 +107,19 @@ def load_bias(
     NP: tl.constexpr,
     W: tl.constexpr,
     HG: tl.constexpr,
-    C: tl.constexpr,
 ):
     """(U, NP, NP) float32, times log2(e)."""
     o_head = i_head + tl.arange(0, HG)[:, None, None]
     o_q, o_k = tl.arange(0, NP)[None, :, None], tl.arange(0, NP)[None, None, :]
     p_bias = bias_ptr + (o_head * N + o_q) * N + o_k
     b_bias = tl.load(p_bias, mask=(o_head < H) & (o_q < N) & (o_k < N), other=0.0).to(tl.float32) * LOG2_E
-    b_bias = tl.broadcast_to(b_bias.reshape(1, HG, 1, NP, NP), W, HG, C, NP, NP)
-    return b_bias.reshape(W * HG * C, NP, NP)
+    return tl.broadcast_to(b_bias[None, :, :, :], W, HG, NP, NP).reshape(W * HG, NP, NP)
 
 
 @triton.jit
-def load_tau(tau_ptr, i_head, H: tl.constexpr, W: tl.constexpr, HG: tl.constexpr, C: tl.constexpr):
+def load_tau(tau_ptr, i_head, H: tl.constexpr, W: tl.constexpr, HG: tl.constexpr):
     """(U, 1, 1) float32, not clamped."""
-    o_head = i_head + tl.arange(0, W * HG * C)[:, None, None] // C % HG
+    o_head = i_head + tl.arange(0, W * HG)[:, None, None] % HG
     return tl.load(tau_ptr + o_head, mask=o_head < H, other=1.0).to(tl.float32)
 
 
@@ -132,14 +131,20 @@ def on_diagonal(b_x, NP: tl.constexpr):
 
 
 @triton.jit
-def inverse_norms(b_x, AXIS: tl.constexpr, C: tl.constexpr):
-    """1 / |x|, large for no length: (U, NP, DC) -> (U, NP, 1), or (U, 1, NP) with AXIS = 1."""
+def squared_norms(b_x, AXIS: tl.constexpr):
+    """|x|^2: (U, NP, DC) -> (U, NP, 1), or (U, 1, NP) with AXIS = 1."""
     if b_x.dtype == tl.float32 or b_x.shape[1] > 16:
         b_x = b_x.to(tl.float32)
         b_square = tl.expand_dims(tl.sum(b_x * b_x, 2), AXIS)
     else:  # the diagonal of x x^T: tensor cores have the time, and the result has the layout of the scores
         b_square = tl.sum(on_diagonal(dot(b_x, b_x.permute(0, 2, 1)), b_x.shape[1]), AXIS, keep_dims=True)
-    return tl.rsqrt(tl.maximum(sum_pieces(b_square, C), MIN_SQUARE))
+    return b_square
+
+
+@triton.jit
+def inverse_root(b_square):
+    """1 / |x| from |x|^2, large for no length."""
+    return tl.rsqrt(tl.maximum(b_square, MIN_SQUARE))
 
 
 @triton.jit
@@ -203,44 +208,57 @@ def window_attention_fwd_kernel(
     SF: tl.constexpr,
     PADDED: tl.constexpr,  # whether the windows do not tile the grid
     NP: tl.constexpr,
-    DP: tl.constexpr,
+    DC: tl.constexpr,
+    C: tl.constexpr,
     W: tl.constexpr,
     HG: tl.constexpr,
-    C: tl.constexpr,
 ):
     COSINE: tl.constexpr = tau_ptr is not None
     GROUPS: tl.constexpr = (H + HG - 1) // HG
+    U: tl.constexpr = W * HG
     i_tile = tl.program_id(0) // GROUPS
     i_head = tl.program_id(0) % GROUPS * HG
     i_clip = (i_tile // strips).to(tl.int64)
     i_window = i_tile % strips * W
 
-    o_row, o_col = tl.arange(0, W * NP), tl.arange(0, HG * DP)
+    o_row = tl.arange(0, W * NP)
     o_token, m_row, _ = token_places(i_window + o_row // NP, o_row % NP, T, F, WT, WF, ST, SF)
-    o_token = o_token.to(tl.int64)[:, None]
-    o_head, o_channel = (i_head + o_col // DP).to(tl.int64), (o_col % DP).to(tl.int64)
-    mask = m_row[:, None] & ((o_head < H) & (o_channel < D))[None, :]
-    o_in = (o_head * stride_h + o_channel * stride_d)[None, :]
-    p_q = qkv_ptr + i_clip * stride_b + o_token * stride_l + o_in
-    b_q = to_units(tl.load(p_q, mask=mask, other=0.0), W, HG, C)
-    b_k = to_units(tl.load(p_q + stride_s, mask=mask, other=0.0), W, HG, C)
-    b_v = to_units(tl.load(p_q + stride_s + stride_s, mask=mask, other=0.0), W, HG, C)
+    o_token, m_row = o_token.to(tl.int64)[:, None], m_row[:, None]
+    p_in = qkv_ptr + i_clip * stride_b + o_token * stride_l
+    p_out = out_ptr + (i_clip * T * F + o_token) * (H * D)
 
-    b_s = sum_pieces(dot(b_q, b_k.permute(0, 2, 1)), C)  # (U, NP, NP)
+    b_v = tl.zeros([U, NP, DC], qkv_ptr.dtype.element_ty)
+    b_s = tl.zeros([U, NP, NP], tl.float32)
+    b_qq, b_kk = tl.zeros([U, NP, 1], tl.float32), tl.zeros([U, 1, NP], tl.float32)
+    for i_chunk in tl.range(0, C, num_stages=1):
+        o_head, o_channel, m_col = channels(i_chunk, i_head, H, D, HG, DC)
+        p_q = p_in + (o_head * stride_h + o_channel * stride_d)
+        b_q = load_units(p_q, m_row & m_col, W, HG)
+        b_k = load_units(p_q + stride_s, m_row & m_col, W, HG)
+        if C == 1:  # asked for together with the others
+            b_v = load_units(p_q + stride_s + stride_s, m_row & m_col, W, HG)
+        b_s += dot(b_q, b_k.permute(0, 2, 1))
+        if COSINE:
+            b_qq += squared_norms(b_q, 2)
+            b_kk += squared_norms(b_k, 1)
     if COSINE:
-        b_tau = tl.maximum(load_tau(tau_ptr, i_head, H, W, HG, C), MIN_TAU)
-        b_r = inverse_norms(b_q, 2, C) * inverse_norms(b_k, 1, C)
-        b_s *= tl.minimum(b_r, 1 / MIN_NORM) * (1 / b_tau * LOG2_E)
+        b_tau = tl.maximum(load_tau(tau_ptr, i_head, H, W, HG), MIN_TAU)
+        b_s *= tl.minimum(inverse_root(b_qq) * inverse_root(b_kk), 1 / MIN_NORM) * (1 / b_tau * LOG2_E)
     else:
         b_s *= D**-0.5 * LOG2_E
     if bias_ptr is not None:
-        b_s += load_bias(bias_ptr, i_head, H, WT * WF, NP, W, HG, C)
+        b_s += load_bias(bias_ptr, i_head, H, WT * WF, NP, W, HG)
     b_s = mask_scores(b_s, i_window, T, F, WT, WF, ST, SF, COSINE, PADDED, W)
     b_p = tl.exp2(b_s - tl.max(b_s, 2, keep_dims=True))
-    b_out = dot(b_p.to(b_v.dtype), b_v) * (1 / tl.sum(b_p, 2, keep_dims=True))  # (U, NP, DC)
+    b_over = 1 / tl.sum(b_p, 2, keep_dims=True)
 
-    p_out = out_ptr + (i_clip * T * F + o_token) * (H * D) + (o_head * D + o_channel)[None, :]
-    tl.store(p_out, from_units(b_out.to(out_ptr.dtype.element_ty), W, HG, C), mask=mask)
+    for i_chunk in tl.range(0, C, num_stages=1):
+        o_head, o_channel, m_col = channels(i_chunk, i_head, H, D, HG, DC)
+        if C > 1:
+            p_v = p_in + (o_head * stride_h + o_channel * stride_d) + stride_s + stride_s
+            b_v = load_units(p_v, m_row & m_col, W, HG)
+        b_out = dot(b_p.to(b_v.dtype), b_v) * b_over
+        store_units(p_out + (o_head * D + o_channel), b_out, m_row & m_col, W, HG)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -273,29 +291,24 @@ def window_attention_bwd_kernel(
     SF: tl.constexpr,
     PADDED: tl.constexpr,
     NP: tl.constexpr,
-    DP: tl.constexpr,
+    DC: tl.constexpr,
+    C: tl.constexpr,
     W: tl.constexpr,
     HG: tl.constexpr,
-    C: tl.constexpr,
 ):
     COSINE: tl.constexpr = tau_ptr is not None
     GROUPS: tl.constexpr = (H + HG - 1) // HG
     N: tl.constexpr = WT * WF
-    U: tl.constexpr = W * HG * C
+    U: tl.constexpr = W * HG
     i_program = tl.program_id(0) // GROUPS
     i_head = tl.program_id(0) % GROUPS * HG
+    o_row = tl.arange(0, W * NP)
 
-    o_row, o_col = tl.arange(0, W * NP), tl.arange(0, HG * DP)
-    o_head, o_channel = (i_head + o_col // DP).to(tl.int64), (o_col % DP).to(tl.int64)
-    m_col = ((o_head < H) & (o_channel < D))[None, :]
-    o_in = (o_head * stride_h + o_channel * stride_d)[None, :]
-    o_grad = (o_head * grad_stride_h + o_channel * grad_stride_d)[None, :]
-    o_out = (o_head * D + o_channel)[None, :]
-
-    if bias_ptr is not None:
-        b_bias = load_bias(bias_ptr, i_head, H, N, NP, W, HG, C)
+    KEEPS_BIAS: tl.constexpr = NP == 16  # in registers, from tile to tile
+    if bias_ptr is not None and KEEPS_BIAS:
+        b_bias = load_bias(bias_ptr, i_head, H, N, NP, W, HG)
     if COSINE:
-        b_tau = load_tau(tau_ptr, i_head, H, W, HG, C)
+        b_tau = load_tau(tau_ptr, i_head, H, W, HG)
         b_scale = 1 / tl.maximum(b_tau, MIN_TAU)
     else:
         b_scale = D**-0.5
@@ -306,31 +319,46 @@ def window_attention_bwd_kernel(
         i_clip = (i_tile // strips).to(tl.int64)
         i_window = i_tile % strips * W
         o_token, m_row, _ = token_places(i_window + o_row // NP, o_row % NP, T, F, WT, WF, ST, SF)
-        o_token = o_token.to(tl.int64)[:, None]
-        mask = m_row[:, None] & m_col
-        p_q = qkv_ptr + i_clip * stride_b + o_token * stride_l + o_in
-        p_grad = grad_ptr + i_clip * grad_stride_b + o_token * grad_stride_l + o_grad
-        b_q = to_units(tl.load(p_q, mask=mask, other=0.0), W, HG, C)
-        b_k = to_units(tl.load(p_q + stride_s, mask=mask, other=0.0), W, HG, C)
-        b_v = to_units(tl.load(p_q + stride_s + stride_s, mask=mask, other=0.0), W, HG, C)
-        b_do = to_units(tl.load(p_grad, mask=mask, other=0.0), W, HG, C)
+        o_token, m_row = o_token.to(tl.int64)[:, None], m_row[:, None]
+        p_in = qkv_ptr + i_clip * stride_b + o_token * stride_l
+        p_grad = grad_ptr + i_clip * grad_stride_b + o_token * grad_stride_l
+
+        b_q = tl.zeros([U, NP, DC], qkv_ptr.dtype.element_ty)
+        b_k = tl.zeros([U, NP, DC], qkv_ptr.dtype.element_ty)
+        b_do = tl.zeros([U, NP, DC], grad_ptr.dtype.element_ty)
+        b_c = tl.zeros([U, NP, NP], tl.float32)
+        b_ds = tl.zeros([U, NP, NP], tl.float32)
+        b_qq, b_kk = tl.zeros([U, NP, 1], tl.float32), tl.zeros([U, 1, NP], tl.float32)
+        for i_chunk in tl.range(0, C, num_stages=1):
+            o_head, o_channel, m_col = channels(i_chunk, i_head, H, D, HG, DC)
+            p_q = p_in + (o_head * stride_h + o_channel * stride_d)
+            b_q = load_units(p_q, m_row & m_col, W, HG)
+            b_k = load_units(p_q + stride_s, m_row & m_col, W, HG)
+            b_v = load_units(p_q + stride_s + stride_s, m_row & m_col, W, HG)
+            p_do = p_grad + (o_head * grad_stride_h + o_channel * grad_stride_d)
+            b_do = load_units(p_do, m_row & m_col, W, HG)
+            b_c += dot(b_q, b_k.permute(0, 2, 1))
+            b_ds += dot(b_do, b_v.permute(0, 2, 1))
+            if COSINE:
+                b_qq += squared_norms(b_q, 2)
+                b_kk += squared_norms(b_k, 1)
 
         # the probabilities again; s = c * scale + bias, and c = q.k * r for the cosine
-        b_c = sum_pieces(dot(b_q, b_k.permute(0, 2, 1)), C)
         if COSINE:
-            b_rq, b_rk = inverse_norms(b_q, 2, C), inverse_norms(b_k, 1, C)
+            b_rq, b_rk = inverse_root(b_qq), inverse_root(b_kk)
             b_r = b_rq * b_rk
             m_free = b_r <= 1 / MIN_NORM  # where the clamp of |q||k| does not hold
             b_r = tl.minimum(b_r, 1 / MIN_NORM)
             b_c *= b_r
         b_s = b_c * (b_scale * LOG2_E)
         if bias_ptr is not None:
+            if not KEEPS_BIAS:
+                b_bias = load_bias(bias_ptr, i_head, H, N, NP, W, HG)
             b_s += b_bias
         b_s = mask_scores(b_s, i_window, T, F, WT, WF, ST, SF, COSINE, PADDED, W)
         b_p = tl.exp2(b_s - tl.max(b_s, 2, keep_dims=True))
         b_p *= 1 / tl.sum(b_p, 2, keep_dims=True)
 
-        b_ds = sum_pieces(dot(b_do, b_v.permute(0, 2, 1)), C)
         b_ds = b_p * (b_ds - tl.sum(b_ds * b_p, 2, keep_dims=True))
         if dbias_ptr is not None:
             b_dbias += b_ds
@@ -338,30 +366,40 @@ def window_attention_bwd_kernel(
             b_dtau += tl.sum(b_ds * b_c, 2, keep_dims=True)
 
         if dqkv_ptr is not None:
-            p_dq = dqkv_ptr + (i_clip * T * F + o_token) * (3 * H * D) + o_out
-            b_dv = dot(b_p.to(b_do.dtype).permute(0, 2, 1), b_do)
-            tl.store(p_dq + 2 * H * D, from_units(b_dv.to(b_q.dtype), W, HG, C), mask=mask)
             b_ds *= b_scale
             if COSINE:
                 # what the norms take back: dq -= q / |q|^2 * sum_k(ds * c), dk likewise
                 b_back = tl.where(m_free, b_ds * b_c, 0.0)
+                b_back_q = b_rq * b_rq * tl.sum(b_back, 2, keep_dims=True)
+                b_back_k = b_rk * b_rk * tl.sum(b_back, 1, keep_dims=True)
                 b_ds *= b_r
-            b_dq, b_dk = dot_wide(b_ds, b_k), dot_wide(b_ds.permute(0, 2, 1), b_q)
-            if COSINE:
-                b_dq -= scale_rows(b_rq * b_rq * tl.sum(b_back, 2, keep_dims=True), b_q, 2)
-                b_dk -= scale_rows(b_rk * b_rk * tl.sum(b_back, 1, keep_dims=True), b_k, 1)
-            tl.store(p_dq, from_units(b_dq.to(b_q.dtype), W, HG, C), mask=mask)
-            tl.store(p_dq + H * D, from_units(b_dk.to(b_q.dtype), W, HG, C), mask=mask)
+            p_out = dqkv_ptr + (i_clip * T * F + o_token) * (3 * H * D)
+            for i_chunk in tl.range(0, C, num_stages=1):
+                o_head, o_channel, m_col = channels(i_chunk, i_head, H, D, HG, DC)
+                if C > 1:  # again, now from the cache
+                    p_q = p_in + (o_head * stride_h + o_channel * stride_d)
+                    b_q = load_units(p_q, m_row & m_col, W, HG)
+                    b_k = load_units(p_q + stride_s, m_row & m_col, W, HG)
+                    p_do = p_grad + (o_head * grad_stride_h + o_channel * grad_stride_d)
+                    b_do = load_units(p_do, m_row & m_col, W, HG)
+                p_dq = p_out + (o_head * D + o_channel)
+                b_dv = dot(b_p.to(b_do.dtype).permute(0, 2, 1), b_do)
+                store_units(p_dq + 2 * H * D, b_dv, m_row & m_col, W, HG)
+                b_dq, b_dk = dot_wide(b_ds, b_k), dot_wide(b_ds.permute(0, 2, 1), b_q)
+                if COSINE:
+                    b_dq -= scale_rows(b_back_q, b_q, 2)
+                    b_dk -= scale_rows(b_back_k, b_k, 1)
+                store_units(p_dq, b_dq, m_row & m_col, W, HG)
+                store_units(p_dq + H * D, b_dk, m_row & m_col, W, HG)
 
-    # over the windows, and once for the pieces of a head, which hold the same
+    # over the windows
     o_head = i_head + tl.arange(0, HG)
     o_sum = i_program.to(tl.int64) * H + o_head
     if dtau_ptr is not None:
         b_dtau = tl.where(b_tau < MIN_TAU, 0.0, -tl.sum(b_dtau, 1, keep_dims=True) * (b_scale * b_scale))
-        b_dtau = tl.sum(tl.sum(b_dtau.reshape(W, HG, C), 2), 0) * (1 / C)
-        tl.store(dtau_ptr + o_sum, b_dtau, mask=o_head < H)
+        tl.store(dtau_ptr + o_sum, tl.sum(b_dtau.reshape(W, HG), 0), mask=o_head < H)
     if dbias_ptr is not None:
-        b_dbias = tl.sum(tl.sum(b_dbias.reshape(W, HG, C, NP, NP), 2), 0) * (1 / C)
+        b_dbias = tl.sum(b_dbias.reshape(W, HG, NP, NP), 0)
         o_q, o_k = tl.arange(0, NP)[None, :, None], tl.arange(0, NP)[None, None, :]
         mask = (o_head < H)[:, None, None] & (o_q < N) & (o_k < N)
         tl.store(dbias_ptr + (o_sum[:, None, None] * N + o_q) * N + o_k, b_dbias, mask=mask)
@@ -371,41 +409,44 @@ class Config(NamedTuple):
     """Tile of a program, and its warps."""
 
     NP: int  # places for the tokens of a window
-    DP: int  # places for the channels of a head
+    DC: int  # channels of a chunk of a head
+    C: int  # chunks
     W: int  # windows
     HG: int  # heads
-    C: int  # pieces of a head
     num_warps: int
 
 
-def padded_sizes(*sizes: int) -> tuple[int, ...]:
-    """Powers of two of at least 16, the smallest side of a matrix product."""
-    return tuple(max(16, triton.next_power_of_2(size)) for size in sizes)
-
-
-def config(windows: int, N: int, H: int, D: int, itemsize: int, units: int) -> Config:
-    """The tile for a clip of `windows` windows, `units` units for four warps."""
-    NP, DP = padded_sizes(N, D)
-    if NP > 16:  # one window and head, 16 tokens a warp
-        return Config(NP, DP, W=1, HG=1, C=1, num_warps=NP // 16)
-    # What a warp's registers hold of a head; float32 goes without tensor cores and needs more of them.
-    C = DP // 16 if itemsize == 4 else 1 if DP <= 64 else DP // 32
-    units = min(units, 4096 * C // (NP * DP))
-    lines = 128 // math.gcd(128, D * itemsize)  # heads that fill whole lines
-    HG = max(1, min(lines, triton.next_power_of_2(H), units // C))
-    W = max(1, min(triton.next_power_of_2(windows), units // (HG * C)))
-    return Config(NP, DP, W, HG, C, num_warps=max(1, W * HG * C * 4 // units))
+def config(windows: int, N: int, H: int, D: int, dtype: torch.dtype, backward: bool) -> Config:
+    """The tile for a clip of `windows` windows."""
+    NP, DC = (
+        max(16, triton.next_power_of_2(size)) for size in (N, D)
+    )  # a matrix product has no smaller side
+    # What the registers hold of a head; float32 goes without tensor cores and needs more of them.
+    if dtype == torch.float32:
+        DC = 16
+    elif NP > 16 or DC > 64 or backward:
+        DC = min(DC, 32)
+    if backward and not is_hip():
+        idle = D > DC and D % DC and NP == 16
+        if dtype == torch.float16 or idle:  # float16 is widened for some products
+            DC = 16
+    C = triton.cdiv(D, DC)
+    if NP > 16:  # one window and head; a wave of AMD's is two warps
+        num_warps = NP // 16 if is_hip() or (NP == 32 and dtype != torch.float32) else NP // 8
+        return Config(NP, DC, C, W=1, HG=1, num_warps=num_warps)
+    units = 4 if backward else min(8, 4096 // (NP * DC))  # for four warps
+    lines = 128 // math.gcd(128, D * dtype.itemsize)  # heads that fill whole lines
+    HG = max(1, min(lines, triton.next_power_of_2(H), units))
+    W = max(1, min(triton.next_power_of_2(windows), units // HG))
+    if backward and C > 4 and dtype == torch.float32:
+        W = 1
+    return Config(NP, DC, C, W, HG, num_warps=max(1, W * HG * 4 // units))
 
 
 def refuses(qkv: Tensor, tau: Tensor | None, bias: Tensor | None, *, window, **_) -> str:
     N, D = window[0] * window[1], qkv.shape[-1]
-    NP, DP = padded_sizes(N, D)
-    if DP > 128 or (NP > 16 and NP * DP * qkv.element_size() > 4096):  # more than the registers hold
-        return (
-            "It serves heads of up to 128 channels in windows of up to 16 tokens, and larger windows if "
-            "tokens x channels of a head, each rounded up to a power of two, fill at most 4096 bytes; "
-            f"here they are {N} x {D}."
-        )
+    if N > 64 or D > 128:  # more than the registers hold
+        return f"It serves windows of up to 64 tokens and heads of up to 128 channels, not {N} and {D}."
     return ""
 
 
@@ -424,7 +465,7 @@ def window_attention_triton(
     out = qkv.new_empty(B, L, H * D)
     if out.numel() == 0:
         return out
-    arguments, tile, strips = _tiling(qkv, grid, window, shift, units=8)
+    arguments, tile, strips = _tiling(qkv, grid, window, shift, backward=False)
     groups = triton.cdiv(H, tile.HG)
     with device_of(qkv):
         window_attention_fwd_kernel[(B * strips * groups,)](
@@ -453,7 +494,7 @@ def window_attention_backward_triton(
     )
     if qkv.numel() == 0:
         return tuple(x.zero_() for x in grads)
-    arguments, tile, strips = _tiling(qkv, grid, window, shift, units=4)
+    arguments, tile, strips = _tiling(qkv, grid, window, shift, backward=True)
     groups = triton.cdiv(H, tile.HG)
     rows = max(1, PROGRAMS * multiprocessors(qkv.device) // groups)
     N = window[0] * window[1]
@@ -485,11 +526,11 @@ def window_attention_backward_triton(
     return grads
 
 
-def _tiling(qkv: Tensor, grid, window, shift, units: int) -> tuple[dict, Config, int]:
+def _tiling(qkv: Tensor, grid, window, shift, backward: bool) -> tuple[dict, Config, int]:
     """The kernels' constants, their tile, and the strips of a clip."""
     H, D = qkv.shape[3:]
     windows = triton.cdiv(grid[0], window[0]) * triton.cdiv(grid[1], window[1])
-    tile = config(windows, window[0] * window[1], H, D, qkv.element_size(), units)
+    tile = config(windows, window[0] * window[1], H, D, qkv.dtype, backward)
     padded = grid[0] % window[0] != 0 or grid[1] % window[1] != 0
     constants = {
         "F": grid[1],
