@@ -15,6 +15,17 @@ if interpreting():
         b_c = tl.dot(tl.load(a_ptr + o), tl.load(b_ptr + o), input_precision=PRECISION)
         tl.store(out_ptr + o, b_c)
 
+    @triton.jit
+    def cast_kernel(x_ptr, out_ptr):
+        o = tl.arange(0, 1024)
+        tl.store(out_ptr + o, tl.load(x_ptr + o).to(out_ptr.dtype.element_ty))
+
+
+def cast(x):
+    out = torch.empty(1024, dtype=torch.bfloat16)
+    cast_kernel[(1,)](x, out)
+    return out
+
 
 def dot(a, b, precision="ieee"):
     out = torch.empty(16, 16)
@@ -40,4 +51,18 @@ def test_bf16_dot_still_needs_its_repair(unrepaired_dot):
     assert not torch.allclose(dot(a, b), a.float() @ b.float(), rtol=0.1), (
         "Triton's interpreter multiplies bf16 now (triton-lang/triton#11584): "
         "remove the repair of its dot from tests/triton/conftest.py, and this test."
+    )
+
+
+def test_cast():
+    x = torch.randn(1024) * torch.logspace(-38, 38, 1024)
+    x[:6] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, float("inf"), -float("inf"), float("nan")])
+    torch.testing.assert_close(cast(x), x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_bf16_cast_still_needs_its_repair(unrepaired_cast):
+    x = torch.rand(1024) + 1
+    assert (cast(x) <= x).all(), (
+        "Triton's interpreter rounds to bfloat16 now: "
+        "remove the repair of its cast from tests/triton/conftest.py, and this test."
     )
