@@ -16,6 +16,8 @@ PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 MAIN_TESTS := $(PY) -m pytest --ignore=tests/triton --ignore=tests/gpu $(PARALLEL)
 TRITON_TESTS := TRITON_INTERPRET=1 $(PY) -m pytest tests/triton $(PARALLEL)
 LIBRARY := kernels/audiomae_kernels/libaudiomae_native.so
+SANITIZED_TESTS := tests/kernels/test_native.py tests/kernels/test_native_ops.py tests/kernels/test_native_fuzz.py \
+	tests/kernels/test_native_window_attention.py -m "not slow" -k "not tier and not caches and not threads"
 
 FITS := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -61,7 +63,7 @@ test -n "$(PYTHON)" || \
 	{ echo "audiomae needs Python 3.10 to 3.13, and none was found: install one or name it with PYTHON=." >&2; exit 1; }
 endef
 
-.PHONY: help venv install native test test-all test-triton test-bench bench gpu lint clean
+.PHONY: help venv install native test test-all test-triton test-native-sanitized test-bench bench gpu lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -83,6 +85,15 @@ test-all: $(STAMPS)/dev $(STAMPS)/native ## run all tests
 
 test-triton: $(STAMPS)/dev ## run the Triton kernels in Triton's interpreter, and lint their binaries
 	$(TRITON_TESTS) -m "not slow" $(ARGS)
+
+# Beside the ordinary library. AddressSanitizer has to be in the process first, and libstdc++ for its exceptions.
+test-native-sanitized: $(STAMPS)/dev ## run the native kernels under AddressSanitizer and UBSan; needs GCC
+	@set -e; export PATH="$$PWD/.venv/bin:$$PATH"; find="$${CXX:-c++} -print-file-name"; \
+	torch=$$($(PY) -c 'import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)'); \
+	cmake -S . -B build/sanitized -DAUDIOMAE_SANITIZE=ON -DTORCH_DIR="$$torch" >/dev/null; \
+	cmake --build build/sanitized --parallel $$(nproc) --target audiomae_native_emulated; \
+	AUDIOMAE_NATIVE_LIBRARY=$$PWD/build/sanitized/libaudiomae_native_emulated.so ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($$find=libasan.so) $$($$find=libstdc++.so)" $(PY) -m pytest $(SANITIZED_TESTS) $(PARALLEL) $(ARGS)
 
 test-bench: $(STAMPS)/dev $(STAMPS)/native ## time the kernels under pytest-benchmark
 	$(PY) -m pytest tests/benchmarks/bench_kernels.py --benchmark-columns=min,median,iqr,rounds $(ARGS)

@@ -13,7 +13,18 @@ import pytest
 from audiomae_kernels import _native
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ["help", "venv", "install", "native", "test", "test-all", "test-triton", "test-bench", "bench"]
+TARGETS = [
+    "help",
+    "venv",
+    "install",
+    "native",
+    "test",
+    "test-all",
+    "test-triton",
+    "test-native-sanitized",
+    "test-bench",
+    "bench",
+]
 TARGETS += ["gpu", "lint", "clean"]
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="There is no make.")
 needs_library = pytest.mark.skipif(not _native.available(), reason=_native.why_not() or "loaded")

@@ -8,13 +8,16 @@ because the library is missing, stale or broken.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from functools import cache
 from pathlib import Path
 
 import torch
 
-LIBRARY = Path(__file__).with_name("libaudiomae_native.so")
+LIBRARY = Path(
+    os.environ.get("AUDIOMAE_NATIVE_LIBRARY") or Path(__file__).with_name("libaudiomae_native.so")
+)  # the variable: one built for tests, with sanitizers or with AMX emulated
 SOURCES = Path(__file__).parents[1] / "csrc"  # in a checkout; an installed package has none
 _REBUILD = "run `make native` in the checkout, or reinstall the package"
 

@@ -23,29 +23,39 @@ struct Patches {
 namespace AUDIOMAE_TIER {
 namespace {
 
-// Walks the patches [begin, end) of the flattened (B*m, K), one ahead of the caller: patches are short rows
+// Walks the patches [begin, end) of the flattened (B*m, K), a few ahead of the caller: patches are short rows
 // far apart, which the machine does not foresee, so that they are asked for early.
 class PatchWalk {
  public:
   PatchWalk(const Patches& patches, int64_t begin, int64_t end)
-      : p_(patches), mask_(begin / p_.kept), k_(begin % p_.kept), left_(end - begin), ahead_(find()) {}
+      : p_(patches), mask_(begin / p_.kept), k_(begin % p_.kept), left_(end - begin) {
+    for (const char*& patch : ahead_) patch = ask();
+  }
 
   // The first byte of the next patch, or null: its id names no patch.
   const char* next() {
-    const char* patch = ahead_;
-    if (--left_ > 0) {
-      if (++k_ == p_.kept) {
-        k_ = 0;
-        ++mask_;
-      }
-      ahead_ = find();
-      const char* row = ahead_;
-      for (int64_t r = 0; row != nullptr && r < p_.rows; ++r, row += p_.time_step) __builtin_prefetch(row);
-    }
+    const char* patch = ahead_[at_];
+    ahead_[at_] = ask();
+    at_ = (at_ + 1) % kAhead;
     return patch;
   }
 
  private:
+  static constexpr int kAhead = 4;
+
+  const char* ask() {
+    if (left_ == 0) return nullptr;
+    const char* patch = find();
+    --left_;
+    if (++k_ == p_.kept) {
+      k_ = 0;
+      ++mask_;
+    }
+    const char* row = patch;
+    for (int64_t r = 0; row != nullptr && r < p_.rows; ++r, row += p_.time_step) __builtin_prefetch(row);
+    return patch;
+  }
+
   const char* find() const {
     int64_t id;
     __builtin_memcpy(&id, p_.ids + mask_ * p_.ids_row_step + k_ * p_.ids_step, sizeof(id));
@@ -56,7 +66,8 @@ class PatchWalk {
 
   const Patches& p_;
   int64_t mask_, k_, left_;
-  const char* ahead_;
+  const char* ahead_[kAhead];
+  int at_ = 0;
 };
 
 }  // namespace

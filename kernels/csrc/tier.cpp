@@ -8,12 +8,20 @@
 #ifdef AUDIOMAE_X86_TIERS
 #include <cpuid.h>
 #endif
+#if defined(AUDIOMAE_AMX_TIER) && !defined(AUDIOMAE_EMULATED_TILES)
+#define AUDIOMAE_ASKS_FOR_TILES
+#include <cerrno>
+#include <cstring>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace audiomae {
 namespace {
 
 #define AUDIOMAE_TIER_NAME(tier, ...) #tier,
-constexpr const char* kNames[] = {AUDIOMAE_FOR_EACH_TIER(AUDIOMAE_TIER_NAME, )};
+constexpr const char* kNames[] = {AUDIOMAE_FOR_EACH_TIER(AUDIOMAE_TIER_NAME, )
+                                      AUDIOMAE_FOR_THE_AMX_TIER(AUDIOMAE_TIER_NAME, )};
 constexpr int kTiers = sizeof(kNames) / sizeof(kNames[0]);
 
 std::string join(const std::vector<std::string>& words) {
@@ -31,14 +39,26 @@ uint64_t xcr0() {
   return uint64_t(high) << 32 | low;
 }
 
+#ifdef AUDIOMAE_ASKS_FOR_TILES
+
+// Linux keeps the tiles, 8 KiB a thread, from processes that do not ask. Empty if they are granted.
+std::string tiles_refused() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return "";
+  return std::string("the permission of the operating system to use AMX (") + std::strerror(errno) + ")";
+}
+
+#endif
+
 // What this machine lacks for a tier; empty if it runs there.
 std::vector<std::string> missing(Tier tier) {
-  uint32_t eax, ebx = 0, ecx = 0, edx, eax7 = 0, ebx7 = 0, ecx7, edx7, eax71 = 0, other;
+  uint32_t eax, ebx = 0, ecx = 0, edx, eax7 = 0, ebx7 = 0, ecx7, edx7 = 0, eax71 = 0, other;
   __get_cpuid(1, &eax, &ebx, &ecx, &edx);
   __get_cpuid_count(7, 0, &eax7, &ebx7, &ecx7, &edx7);
   if (eax7 >= 1) __get_cpuid_count(7, 1, &eax71, &other, &other, &other);
   const uint64_t saved = ecx & bit_OSXSAVE ? xcr0() : 0;
   constexpr uint64_t ymm = 0x06, zmm = 0xe6;
+  [[maybe_unused]] constexpr uint64_t tiles = 0x60000;
 
   const struct {
     Tier tier;
@@ -56,11 +76,21 @@ std::vector<std::string> missing(Tier tier) {
       {Tier::avx512, (ebx7 & bit_AVX512VL) != 0, "avx512vl"},
       {Tier::avx512_bf16, (eax71 & bit_AVX512BF16) != 0, "avx512_bf16"},
       {Tier::avx512, (saved & zmm) == zmm, "512-bit registers saved by the operating system"},
+#ifdef AUDIOMAE_ASKS_FOR_TILES
+      {Tier::amx, (edx7 & bit_AMX_TILE) != 0, "amx_tile"},
+      {Tier::amx, (edx7 & bit_AMX_BF16) != 0, "amx_bf16"},
+      {Tier::amx, (saved & tiles) == tiles, "AMX tiles saved by the operating system"},
+#endif
   };
   std::vector<std::string> names;
   for (const auto& need : needs) {
     if (need.tier <= tier && !need.present) names.push_back(need.name);
   }
+#ifdef AUDIOMAE_ASKS_FOR_TILES
+  if (tier == Tier::amx && names.empty()) {
+    if (const std::string refused = tiles_refused(); !refused.empty()) names.push_back(refused);
+  }
+#endif
   return names;
 }
 

@@ -16,15 +16,25 @@
 #define AUDIOMAE_FOR_EACH_TIER(X, ...) X(portable, __VA_ARGS__)
 #endif
 
+// The highest tier, which few ops have a version for; the others run their next lower one there.
+#ifdef AUDIOMAE_AMX_TIER
+#define AUDIOMAE_FOR_THE_AMX_TIER(X, ...) X(amx, __VA_ARGS__)
+#else
+#define AUDIOMAE_FOR_THE_AMX_TIER(X, ...)
+#endif
+
 #ifdef AUDIOMAE_ENTRY
 
+#include <algorithm>
 #include <initializer_list>
 #include <string>
 
 namespace audiomae {
 
 #define AUDIOMAE_TIER_ENUMERATOR(tier, ...) tier,
-enum class Tier { AUDIOMAE_FOR_EACH_TIER(AUDIOMAE_TIER_ENUMERATOR, ) };
+enum class Tier {
+  AUDIOMAE_FOR_EACH_TIER(AUDIOMAE_TIER_ENUMERATOR, ) AUDIOMAE_FOR_THE_AMX_TIER(AUDIOMAE_TIER_ENUMERATOR, )
+};
 #undef AUDIOMAE_TIER_ENUMERATOR
 
 // The tier of this process: the highest that the machine runs, or the one that AUDIOMAE_CPU_TIER names.
@@ -36,19 +46,24 @@ std::string describe_cpu_tiers();
 
 template <class Function>
 Function select(std::initializer_list<Function> by_tier) {
-  return by_tier.begin()[static_cast<int>(cpu_tier())];
+  return by_tier.begin()[std::min<size_t>(static_cast<size_t>(cpu_tier()), by_tier.size() - 1)];
 }
 
 }  // namespace audiomae
 
 // AUDIOMAE_DECLARE(void f(int x)) declares f in every tier's namespace; AUDIOMAE_SELECT(f) is a pointer to
-// the one to call.
+// the one to call, AUDIOMAE_SELECT_WITH_AMX(f) if there is one for AMX.
 #define AUDIOMAE_DECLARE_IN(tier, ...) \
   namespace tier {                     \
   __VA_ARGS__;                         \
   }
-#define AUDIOMAE_DECLARE(...) AUDIOMAE_FOR_EACH_TIER(AUDIOMAE_DECLARE_IN, __VA_ARGS__)
+#define AUDIOMAE_DECLARE(...)                              \
+  AUDIOMAE_FOR_EACH_TIER(AUDIOMAE_DECLARE_IN, __VA_ARGS__) \
+  AUDIOMAE_FOR_THE_AMX_TIER(AUDIOMAE_DECLARE_IN, __VA_ARGS__)
 #define AUDIOMAE_POINTER_IN(tier, function) &tier::function,
 #define AUDIOMAE_SELECT(function) ::audiomae::select({AUDIOMAE_FOR_EACH_TIER(AUDIOMAE_POINTER_IN, function)})
+#define AUDIOMAE_SELECT_WITH_AMX(function)                                  \
+  ::audiomae::select({AUDIOMAE_FOR_EACH_TIER(AUDIOMAE_POINTER_IN, function) \
+                          AUDIOMAE_FOR_THE_AMX_TIER(AUDIOMAE_POINTER_IN, function)})
 
 #endif  // AUDIOMAE_ENTRY

@@ -12,6 +12,11 @@
 
 #include "tile.h"
 
+#if defined(__AMX_BF16__) || defined(AUDIOMAE_EMULATED_TILES)
+#define AUDIOMAE_TILES
+#include "amx.h"
+#endif
+
 namespace audiomae {
 
 // (clips, tokens, heads, channels) with the channels side by side; steps in bytes.
@@ -79,7 +84,7 @@ int64_t carve(const WindowAttention& w, bool backward, float* base, Buffers& s) 
   s.k_inverse = take(w.padded_tokens);
   s.v = take(keys);
   s.p = take(scores);
-  s.packed = take(3 * kTile * kTile / 2);
+  s.packed = take(4 * kTile * kTile / 2);  // three arrays; an AMX tile is transposed with what follows it
   s.cosine = take(scores, backward);
   s.grad = take(tile, backward);
   s.grad_columns = take(tile, backward);
@@ -145,18 +150,27 @@ inline void store_row(char* row, int64_t width, int64_t c, Floats x, bool stream
   }
 }
 
-// Asks for a share of the rows of the window that comes next, all heads at once: by the time they are needed, a
-// head later than `share` of `shares`, they are in the L2 cache. The hardware foresees neither jump.
+// Asks for the rows of the window that comes next, all heads at once and a share with each head of this one: by the
+// time they are needed they are in the L2 cache. The hardware foresees neither jump. One operand at a time, with
+// arithmetic in between: more requests than a core can have under way would keep its own loads waiting.
 template <class Element>
-void prefetch_rows(const WindowAttention& w, const Rows& rows, const Place& next, int64_t share, int64_t shares) {
-  const int64_t* index = w.index + next.window * w.tokens;
-  const int64_t bytes = shares * w.width * sizeof(Element);
-  const char* in = start(rows, next);
-  for (int64_t i = share * w.tokens / shares; i < (share + 1) * w.tokens / shares; ++i) {
-    const char* row = in + (index[i] < 0 ? 0 : index[i]) * rows.token;
-    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+struct Ahead {
+  const WindowAttention& w;
+  Place next;
+  int64_t share, shares;  // of the tokens; no shares: no next window
+
+  void ask(const Rows& rows) const {
+    if (shares == 0) return;
+    __asm__ volatile("");  // GCC takes a function that only prefetches for one without effect, and drops its calls
+    const int64_t* index = w.index + next.window * w.tokens;
+    const int64_t bytes = shares * w.width * sizeof(Element);
+    const char* in = start(rows, next);
+    for (int64_t i = share * w.tokens / shares; i < (share + 1) * w.tokens / shares; ++i) {
+      const char* row = in + (index[i] < 0 ? 0 : index[i]) * rows.token;
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+    }
   }
-}
+};
 
 template <class Size>
 void transpose_rows(const WindowAttention& w, const float* in, float* out) {
@@ -515,14 +529,16 @@ void attend(const WindowAttention& w, const Buffers& s, const Place& at, int64_t
 }
 
 template <class Element, class Size>
-void forward(const WindowAttention& w, const Buffers& s, const Place& at) {
+void forward(const WindowAttention& w, const Buffers& s, const Place& at, const Ahead<Element>& ahead) {
   const int64_t tokens = Size::tokens(w), width = Size::width(w), step = w.out.token;
   const bool streamed = w.streamed;
   const int64_t* index = w.index + at.window * tokens;
   char* out = start(w.out, at);
   load_keys<Element, Size>(w, s, at);
+  ahead.ask(w.q);
   for (int64_t first = 0; first < tokens; first += kTile) {
     attend<Element, Size, false>(w, s, at, first);
+    if (first == 0) ahead.ask(w.k);
     multiply<Size, false>(w, s.p, s.v, tokens, [=](int64_t i, int64_t c, Floats x) {
       i += first;
       if (Size::kOneTile || i < tokens) {
@@ -530,10 +546,12 @@ void forward(const WindowAttention& w, const Buffers& s, const Place& at) {
       }
     });
   }
+  ahead.ask(w.v);
 }
 
 template <class Element, class Size>
-void backward(const WindowAttention& w, const Buffers& s, const Place& at, float* d_bias, float* d_scale) {
+void backward(const WindowAttention& w, const Buffers& s, const Place& at, const Ahead<Element>& ahead,
+              float* d_bias, float* d_scale) {
   const int64_t tokens = Size::tokens(w), padded = Size::padded_tokens(w);
   const int64_t width = Size::width(w), pitch = Size::padded_width(w), step = w.d_q.token;
   const int64_t* index = w.index + at.window * tokens;
@@ -541,10 +559,13 @@ void backward(const WindowAttention& w, const Buffers& s, const Place& at, float
   const bool cosine = w.cosine, streamed = w.streamed;
   const float *q = s.q, *k = s.k, *q_factor = s.q_factor, *k_factor = s.k_factor;
   load_keys<Element, Size>(w, s, at);
+  ahead.ask(w.q);
   for (int64_t first = 0; first < tokens; first += kTile) {
     attend<Element, Size, true>(w, s, at, first);
+    if (first == 0) ahead.ask(w.k);
     load_queries<Element, Size>(w, w.grad, at, first, s.grad, s.grad_columns);
     with_flags(cosine, w.parted[at.window], AttendBackward<Size>{w, s, at, first, d_bias, d_scale});
+    if (first == 0) ahead.ask(w.v);
     if (cosine) finish_key_factors<Size>(w, s, at, first);
     multiply<Size, false>(w, s.d_scores, k, tokens, [=](int64_t i, int64_t c, Floats x) {
       if (cosine) x -= load(q + i * pitch + c) * q_factor[i];
@@ -553,6 +574,7 @@ void backward(const WindowAttention& w, const Buffers& s, const Place& at, float
         if (index[i] >= 0) store_row<Element, Size>(d_q + index[i] * step, width, c, x, streamed);
       }
     });
+    if (first == 0) ahead.ask(w.grad);
     const bool last = first + kTile >= tokens;
     for (int64_t j0 = 0; j0 < padded; j0 += kTile) {
       // Adds up over the blocks of queries, then writes the row of a key.
@@ -599,7 +621,6 @@ template <class Element, class Size, bool kBackward>
 void run(const WindowAttention& w, const Buffers& s, int64_t begin, int64_t end) {
   const int64_t windows = w.clips * w.windows, scores = w.padded_tokens * w.padded_tokens;
   const auto first_window = [&](int64_t chunk) { return chunk * windows / w.chunks; };
-  const Rows* const inputs[] = {&w.q, &w.k, &w.v, &w.grad};
   const auto first_head = [&](int64_t group) { return group * w.heads / w.groups; };
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t chunk = unit / w.groups, stop = first_window(chunk + 1);
@@ -609,20 +630,16 @@ void run(const WindowAttention& w, const Buffers& s, int64_t begin, int64_t end)
       const Place next{(window + 1) / w.windows, (window + 1) % w.windows, head0};
       for (int64_t head = head0; head < head1; ++head) {
         const Place at{window / w.windows, window % w.windows, head};
-        if (window + 1 < windows) {
-          for (const Rows* rows : inputs) {
-            if (rows->data) prefetch_rows<Element>(w, *rows, next, head - head0, head1 - head0);
-          }
-        }
+        const Ahead<Element> ahead{w, next, head - head0, window + 1 < windows ? head1 - head0 : 0};
         if constexpr (kBackward) {
           const int64_t partial = chunk * w.heads + head;
           float* d_bias = w.d_bias ? w.d_bias + partial * scores : nullptr;
           float* d_scale = w.d_scale ? w.d_scale + partial * kTile : nullptr;
           for (int64_t i = 0; fresh && d_bias && i < scores; i += kLanes) store(d_bias + i, Floats{});
           for (int i = 0; fresh && d_scale && i < kTile; i += kLanes) store(d_scale + i, Floats{});
-          Window<Element, Size>::backward(w, s, at, d_bias, d_scale);
+          Window<Element, Size>::backward(w, s, at, ahead, d_bias, d_scale);
         } else {
-          Window<Element, Size>::forward(w, s, at);
+          Window<Element, Size>::forward(w, s, at, ahead);
         }
       }
     }
@@ -634,7 +651,12 @@ template <class Element, bool kBackward>
 void run_sizes(const WindowAttention& w, float* scratch, int64_t begin, int64_t end) {
   Buffers s;
   carve(w, kBackward, scratch, s);
-  if (w.tokens == kTile && w.width == 32) return run<Element, Sizes<32, kTile>, kBackward>(w, s, begin, end);
+  if (w.tokens == kTile && w.width == 32) {
+#ifdef AUDIOMAE_TILES
+    const Tiles tiles;
+#endif
+    return run<Element, Sizes<32, kTile>, kBackward>(w, s, begin, end);
+  }
   if (w.tokens == kTile) return run<Element, Sizes<0, kTile>, kBackward>(w, s, begin, end);
   run<Element, Sizes<0, 0>, kBackward>(w, s, begin, end);
 }
@@ -861,7 +883,7 @@ void for_all_units(WindowAttention& w, Kernel kernel, bool backward, const Tenso
   const int64_t bytes = result.numel() * result.element_size();
   w.streamed = bytes >= kStreamedBytes && w.width * result.element_size() % kLine == 0 &&
                reinterpret_cast<uintptr_t>(result.const_data_ptr()) % kLine == 0;
-  static const auto scratch_size = AUDIOMAE_SELECT(window_attention_scratch);
+  static const auto scratch_size = AUDIOMAE_SELECT_WITH_AMX(window_attention_scratch);
   const int64_t size = scratch_size(w, backward);
   torch::stable::parallel_for(0, w.chunks * w.groups, 1, [&](int64_t begin, int64_t end) {
     Scratch<float> scratch(size);
@@ -879,7 +901,7 @@ Tensor window_attention(const Tensor& qkv, const std::optional<Tensor>& tau, con
   if (out.numel() == 0) return out;
   w.out = heads(out, out.mutable_data_ptr(), w.width);
   w.chunks = w.clips * w.windows;
-  static const auto forward = AUDIOMAE_SELECT(window_attention_forward);
+  static const auto forward = AUDIOMAE_SELECT_WITH_AMX(window_attention_forward);
   for_all_units(w, forward, false, out);
   return out;
 }
@@ -923,9 +945,9 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_backward(
     Scratch<float> partials(w.chunks * size);
     w.d_bias = wants_bias ? partials.data() : nullptr;
     w.d_scale = wants_tau ? scale_sums.data() : nullptr;
-    static const auto backward = AUDIOMAE_SELECT(window_attention_backward);
+    static const auto backward = AUDIOMAE_SELECT_WITH_AMX(window_attention_backward);
     for_all_units(w, backward, true, d_qkv);
-    static const auto add = AUDIOMAE_SELECT(add_arrays);
+    static const auto add = AUDIOMAE_SELECT_WITH_AMX(add_arrays);
     torch::stable::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
       add(w.d_bias, w.chunks, size, bias_sums.data(), begin, end);
     });

@@ -10,7 +10,7 @@ import audiomae_kernels as ak
 import pytest
 import torch
 from audiomae_kernels import _native
-from audiomae_kernels.window_attention import clip_window, window_attention_ref, window_index
+from audiomae_kernels.window_attention import window_index
 from budget import assert_within_budget, evaluate, to_exact
 from kernel_cases import cases, window_attention_case
 
@@ -77,84 +77,6 @@ def test_results_past_the_caches(dtype):
             assert torch.equal(value[0], whole[name][i]), name
 
 
-# --- fuzz: shapes, strides, offsets, dtypes ------------------------------------------------------------
-
-
-def integer(low, high):
-    return int(torch.randint(low, high + 1, ()))
-
-
-def one_of(*choices):
-    return choices[integer(0, len(choices) - 1)]
-
-
-def laid_out(x):
-    """The same values with other strides or another offset; what is around them is NaN."""
-    kind = one_of("contiguous", "permuted", "gaps", "channels apart", "expanded", "misaligned")
-    if kind == "permuted":
-        order = torch.randperm(x.dim()).tolist()
-        return x.permute(order).contiguous().permute([order.index(i) for i in range(x.dim())])
-    if kind == "gaps":
-        buffer = torch.full([size + 2 for size in x.shape], float("nan"), dtype=x.dtype)
-        view = buffer[tuple(slice(1, size + 1) for size in x.shape)]
-        return view.copy_(x)
-    if kind == "channels apart":
-        return torch.stack([x, torch.full_like(x, float("nan"))], -1)[..., 0]
-    if kind == "expanded":
-        return x[:, :1].expand_as(x)
-    if kind == "misaligned" and x.numel():
-        data = bytearray(x.numel() * x.element_size() + 1)
-        return torch.frombuffer(data, dtype=x.dtype, offset=1).view(x.shape).copy_(x)
-    return x
-
-
-def fuzz_case(seed):
-    """(tensors, options, cotangent)"""
-    torch.manual_seed(seed)
-    dtype, scoring = one_of(*DTYPES), one_of("cosine", "cosine", "dot")
-    grid = (integer(1, 11), integer(1, 9))
-    window = one_of((4, 4), (integer(1, 7), integer(1, 7)))
-    shift = tuple(integer(0, size - 1) for size in window)
-    # One channel would make every cosine 1 or -1 and the gradients of q and k differences of equal numbers.
-    B, H, d = integer(0, 3) or integer(0, 1), integer(1, 4), one_of(32, 32, 16, 64, integer(2, 50))
-    (wt, wf), _ = clip_window(grid, window, shift)
-    tokens = grid[0] * grid[1]
-    qkv = laid_out(torch.randn(B, tokens, 3, H, d).to(dtype))
-    tau = (torch.rand(2 * H) + 0.5).to(one_of(torch.float32, dtype))[:: one_of(1, 2)][:H]
-    bias = torch.randn(H, wt * wf, wt * wf).to(one_of(torch.float32, torch.float16, dtype))
-    bias = one_of(None, bias, bias.mT.contiguous().mT)
-    tensors = {"qkv": qkv, "tau": tau if scoring == "cosine" else None, "bias": bias}
-    cotangent = laid_out(torch.randn(B, tokens, H * d).to(dtype))
-    return tensors, {"grid": grid, "window": window, "shift": shift, "scoring": scoring}, cotangent
-
-
-def assert_fuzz_case(seed):
-    tensors, options, cotangent = fuzz_case(seed)
-    wrt = [name for name, tensor in tensors.items() if tensor is not None]
-    B, L, N = *tensors["qkv"].shape[:2], window_index(options["grid"], options["window"])[0].shape[1]
-    actual = evaluate(lambda **t: ak.window_attention(**t, **options, impl="native"), tensors, wrt, cotangent)
-    eager = evaluate(lambda **t: window_attention_ref(**t, **options), tensors, wrt, cotangent)
-    exact = evaluate(lambda **t: window_attention_ref(**t, **options), to_exact(tensors), wrt, cotangent)
-    for name, value in actual.items():
-        assert value.dtype == eager[name].dtype and value.shape == eager[name].shape, name
-        if not value.numel():
-            continue
-        # Here eager computes in float32 and rounds once. What the bfloat16 kernels round besides stays below one
-        # rounding of each of the N terms of a sum, the random walk of the terms of a parameter's gradient included.
-        terms = B * L * (N if name == "grad of tau" else 1) if name in ("grad of tau", "grad of bias") else N
-        size = exact[name].abs().max() + 1
-        unit = torch.finfo(tensors["qkv"].dtype).eps
-        budget = 2 * (eager[name].double() - exact[name]).abs().max() + 2 * unit * size * max(terms, 1) ** 0.5
-        error = (value.double() - exact[name]).abs().max()
-        assert error <= budget, f"seed {seed}, {name}: error {error:.3g}, budget {budget:.3g}, {options}"
-
-
-@pytest.mark.parametrize("seeds", [range(start, start + 25) for start in range(0, 150, 25)], ids=str)
-def test_fuzz(seeds):
-    for seed in seeds:
-        assert_fuzz_case(seed)
-
-
 # --- tiers ---------------------------------------------------------------------------------------------
 
 
@@ -173,8 +95,6 @@ print([name for name, chosen, _ in _native.cpu_tiers() if chosen])
 for case in SHAPES:
     for dtype in DTYPES:
         assert_case(case, dtype)
-for seed in range(1000, 1030):
-    assert_fuzz_case(seed)
 """
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

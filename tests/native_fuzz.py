@@ -1,0 +1,185 @@
+"""Random calls of the native ops: shapes, strides, offsets and dtypes drawn from a seed, judged by the references.
+
+`python -m native_fuzz FIRST LAST` runs the seeds [FIRST, LAST) of every op in the process's ISA tier.
+"""
+
+import sys
+from functools import partial
+
+import audiomae_kernels as ak
+import torch
+from audiomae_kernels import _native
+from audiomae_kernels.window_attention import clip_window, window_attention_ref, window_index
+from budget import evaluate, to_exact
+from kernel_cases import GRADIENTS, REFERENCES, info_nce_case, patch_case, unshuffle_case
+
+DTYPES = (torch.float32, torch.bfloat16)
+COPIED = (*DTYPES, torch.float16, torch.float64)  # patch_gather copies any of these
+EPS = torch.finfo(torch.float32).eps
+
+
+def integer(low, high):
+    return int(torch.randint(low, high + 1, ()))
+
+
+def one_of(*choices):
+    return choices[integer(0, len(choices) - 1)]
+
+
+def laid_out(x):
+    """The same values with other strides or another offset; what is around them is NaN."""
+    kind = one_of(
+        "contiguous", "permuted", "gaps", "last dimension apart", "offset", "expanded", "misaligned"
+    )
+    if kind == "permuted":
+        order = torch.randperm(x.dim()).tolist()
+        return x.permute(order).contiguous().permute([order.index(i) for i in range(x.dim())])
+    if kind == "gaps":
+        buffer = torch.full([size + 2 for size in x.shape], float("nan"), dtype=x.dtype)
+        return buffer[tuple(slice(1, size + 1) for size in x.shape)].copy_(x)
+    if kind == "last dimension apart":
+        return torch.stack([x, torch.full_like(x, float("nan"))], -1)[..., 0]
+    if kind == "offset":
+        buffer = torch.full((x.numel() + 5,), float("nan"), dtype=x.dtype)
+        return buffer[3 : 3 + x.numel()].view(x.shape).copy_(x)
+    if kind == "expanded":
+        return x[:1].expand_as(x)
+    if kind == "misaligned" and x.numel():  # memory of others, not even aligned to an element
+        raw = bytearray(b"\xff" + x.contiguous().view(torch.uint8).numpy().tobytes() + b"\xff\xff")
+        return torch.frombuffer(raw, dtype=x.dtype, offset=1, count=x.numel()).view(x.shape)
+    return x
+
+
+def ids_laid_out(ids):
+    return one_of(lambda: ids, lambda: ids.T.contiguous().T, lambda: ids.repeat_interleave(2, 1)[:, ::2])()
+
+
+# --- window_attention ----------------------------------------------------------------------------------
+
+
+def window_attention():
+    dtype, scoring = one_of(*DTYPES), one_of("cosine", "cosine", "dot")
+    grid = (integer(1, 11), integer(1, 9))
+    window = one_of((4, 4), (integer(1, 7), integer(1, 7)))
+    shift = tuple(integer(0, size - 1) for size in window)
+    # One channel would make every cosine 1 or -1 and the gradients of q and k differences of equal numbers.
+    B, H, d = integer(0, 3) or integer(0, 1), integer(1, 4), one_of(32, 32, 16, 64, integer(2, 50))
+    (wt, wf), _ = clip_window(grid, window, shift)
+    tokens = grid[0] * grid[1]
+    qkv = laid_out(torch.randn(B, tokens, 3, H, d).to(dtype))
+    tau = (torch.rand(2 * H) + 0.5).to(one_of(torch.float32, dtype))[:: one_of(1, 2)][:H]
+    bias = torch.randn(H, wt * wf, wt * wf).to(one_of(torch.float32, torch.float16, dtype))
+    bias = one_of(None, bias, bias.mT.contiguous().mT)
+    tensors = {"qkv": qkv, "tau": tau if scoring == "cosine" else None, "bias": bias}
+    options = {"grid": grid, "window": window, "shift": shift, "scoring": scoring}
+    cotangent = laid_out(torch.randn(B, tokens, H * d).to(dtype))
+
+    wrt = [name for name, tensor in tensors.items() if tensor is not None]
+    N = window_index(grid, window)[0].shape[1]
+    actual = evaluate(partial(ak.window_attention, **options, impl="native"), tensors, wrt, cotangent)
+    reference = partial(window_attention_ref, **options)
+    eager = evaluate(reference, tensors, wrt, cotangent)
+    exact = evaluate(reference, to_exact(tensors), wrt, cotangent)
+    for name, value in actual.items():
+        assert value.dtype == eager[name].dtype and value.shape == eager[name].shape, name
+        if not value.numel():
+            continue
+        # Here eager computes in float32 and rounds once. What the bfloat16 kernels round besides stays below one
+        # rounding of each of the N terms of a sum, the random walk of the terms of a parameter's gradient included.
+        terms = {"grad of tau": B * tokens * N, "grad of bias": B * tokens}.get(name, N)
+        size = exact[name].abs().max() + 1
+        budget = 2 * (eager[name].double() - exact[name]).abs().max()
+        budget += 2 * torch.finfo(dtype).eps * size * max(terms, 1) ** 0.5
+        error = (value.double() - exact[name]).abs().max()
+        assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g}, {options}"
+
+
+# --- the other ops -------------------------------------------------------------------------------------
+
+
+def draw_patches(op, **options):
+    patch = one_of((16, 16), (4, 8), (integer(1, 9), integer(2, 40)))
+    stride = one_of(None, (integer(1, 9), integer(1, 20)))
+    T, F = patch[0] + integer(0, 30), patch[1] + integer(0, 40)
+    st, sf = stride or patch
+    tokens = ((T - patch[0]) // st + 1) * ((F - patch[1]) // sf + 1)
+    B, m, K = integer(0, 3), integer(0, 3), integer(0, tokens)
+    case = patch_case(op, "", T, F, patch, stride, B, m, K, **options)
+    return case.make(), case.options
+
+
+def draw_unshuffle():
+    B, L, D = integer(0, 19), integer(1, 40), one_of(integer(1, 70), 64, 128)
+    tensors = unshuffle_case("", B, integer(0, L), L, D).make()
+    for name in ("mask_token", "pos"):
+        tensors[name] = tensors[name].to(one_of(torch.float32, torch.bfloat16, torch.float16))
+    return tensors, {}
+
+
+def draw_info_nce():
+    over = one_of("target", "prediction")
+    M, V = one_of(integer(0, 30), integer(240, 300)), one_of(integer(1, 40), integer(250, 270))
+    case = info_nce_case("", integer(0, 3), M, V, over)
+    return case.make(), case.options
+
+
+def patch_gather():
+    tensors, options = draw_patches("patch_gather")
+    spectrogram, ids = laid_out(tensors["spectrogram"].to(one_of(*COPIED))), ids_laid_out(tensors["ids"])
+    actual = ak.patch_gather(spectrogram, ids, **options, impl="native")
+    expected = REFERENCES["patch_gather"](spectrogram, ids, **options)
+    assert actual.dtype == expected.dtype and torch.equal(actual, expected), options
+
+
+def judge(op, tensors, options):
+    """Against the reference in float64."""
+    for name, x in tensors.items():
+        if not x.is_floating_point():
+            tensors[name] = ids_laid_out(x)
+        else:
+            tensors[name] = laid_out(x.to(one_of(*DTYPES)) if x.dtype == torch.float64 else x)
+    function, wrt = partial(getattr(ak, op), **options, impl="native"), GRADIENTS[op]
+    with torch.no_grad():
+        shape = function(**tensors).shape
+    # A loss by its own size, or the gradients would be denormal beside the float64 ones.
+    cotangent = laid_out(torch.randn(shape)) if shape else torch.tensor(1.5)
+    actual = evaluate(function, tensors, wrt, cotangent)
+    rounded = cotangent.to(actual["output"].dtype)
+    exact = evaluate(partial(REFERENCES[op], **options), to_exact(tensors), wrt, rounded)
+    for name, value in actual.items():
+        truth, error = exact[name], (value.double() - exact[name]).abs()
+        assert value.shape == truth.shape, name
+        if value.numel():
+            # One rounding to the dtype, and the float32 arithmetic: sums of up to 760 terms, products of 270 values.
+            bound = torch.finfo(value.dtype).eps * truth.abs() + 100 * EPS * truth.abs().amax()
+            assert (error <= bound).all(), (
+                f"{name}: error {error.max():.3g} of {truth.abs().max():.3g}, {options}"
+            )
+
+
+FUZZ = {
+    "window_attention": window_attention,
+    "patch_gather": patch_gather,
+    "unshuffle": lambda: judge("unshuffle", *draw_unshuffle()),
+    "masked_mse": lambda: judge("masked_mse", *draw_patches("masked_mse", normalize=one_of(True, False))),
+    "info_nce": lambda: judge("info_nce", *draw_info_nce()),
+}
+
+
+def fuzz(first, last, ops=tuple(FUZZ)):
+    """Number of cases run; AssertionError names the op and the seed."""
+    torch.use_deterministic_algorithms(True)  # memory that C++ asks for is NaN: an unwritten element shows
+    for op in ops:
+        for seed in range(first, last):
+            torch.manual_seed(seed)
+            torch.set_num_threads(one_of(1, 2))
+            try:
+                FUZZ[op]()
+            except AssertionError as error:
+                raise AssertionError(f"{op}, seed {seed}: {error}") from None
+    return len(ops) * (last - first)
+
+
+if __name__ == "__main__":
+    count = fuzz(*map(int, sys.argv[1:]))
+    print(*(name for name, chosen, _ in _native.cpu_tiers() if chosen), count)
