@@ -4,11 +4,15 @@
 // A strip is kRows rows of X, a block kBlock rows of Y. Strip by block, S lives in the L1 cache; the
 // logsumexp is a running one over the blocks. A strip's result depends on nothing but its clip, so that the
 // order of all sums is the same for any number of threads.
+//
+// The matrix products go word by word. A word is a float, or, where both sides are bfloat16 and the tier has
+// dot products of them, a pair of bfloat16: their products are exact and summed in float32, at twice the rate.
+// softmax - I is then rounded to bfloat16 for its product, as in the eager version.
 #include "tier.h"
 
 #include <cstdint>
 
-#include "simd.h"
+#include "tile.h"
 
 namespace audiomae {
 
@@ -41,227 +45,376 @@ constexpr int kRows = 6;
 constexpr int kRows = 4;
 #endif
 constexpr int kColumns = 2 * kLanes;
+constexpr int kWhole = kColumns > kTile ? kColumns : kTile;  // what is packed has a multiple of it of columns
 constexpr int64_t kBlock = 256;
 constexpr int64_t kStride = kBlock + 16;  // of a strip's rows: not all in the same set of the L1 cache
 
-inline int64_t panels(int64_t n) { return (n + kColumns - 1) / kColumns; }
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
 
-// c (+)= a b. a: kRows rows of `depth` values, kStride apart; b: `depth` rows of kColumns; c: kRows rows of
-// kColumns, c_stride apart.
-inline void multiply(const float* a, const float* b, int64_t depth, bool add, float* c, int64_t c_stride) {
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+template <bool kPairs>
+inline int64_t words(int64_t n) {
+  return kPairs ? (n + 1) / 2 : n;
+}
+
+template <bool kPairs>
+inline Floats multiply_add(const char* word, Floats b, Floats sum) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) {
+    int32_t pair;
+    __builtin_memcpy(&pair, word, sizeof(pair));
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
+  }
+#endif
+  float x;
+  __builtin_memcpy(&x, word, sizeof(x));
+  return fma(broadcast(x), b, sum);
+}
+
+// The left side of a product: kRows rows of words, `step` bytes apart.
+struct Strip {
+  const char* data;
+  int64_t step;
+};
+
+inline Strip strip_of(const float* rows) { return {reinterpret_cast<const char*>(rows), kStride * 4}; }
+
+// The right side of a product: panels[column / kTile][word][column % kTile].
+struct Panels {
+  const float* data;
+  int64_t depth;  // words
+};
+
+// c (+)= a b. a: kRows rows of `depth` words; b: as many words from `word` on, kColumns columns
+// from `column` on; c: kRows rows of kColumns, c_stride apart.
+template <bool kPairs>
+__attribute__((noinline)) void multiply(const Strip& a, const Panels& panels, int64_t word, int64_t column,
+                                        int64_t depth, bool add, float* c, int64_t c_stride) {
+  const float* b = panels.data + (column / kTile * panels.depth + word) * kTile + column % kTile;
+  const float* b_next = b + (kLanes < kTile ? kLanes : panels.depth * kTile);
   Floats sum[kRows][2];
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
-    sum[i][0] = add ? load<float>(c + i * c_stride, All{}) : Floats{};
-    sum[i][1] = add ? load<float>(c + i * c_stride + kLanes, All{}) : Floats{};
+    sum[i][0] = add ? load(c + i * c_stride) : Floats{};
+    sum[i][1] = add ? load(c + i * c_stride + kLanes) : Floats{};
   }
-  for (int64_t k = 0; k < depth; ++k, b += kColumns) {
-    const Floats b0 = load<float>(b, All{}), b1 = load<float>(b + kLanes, All{});
+  constexpr int kApart = 3;  // a pointer reaches as many rows with an address's one scaled index
+  constexpr int kPointers = (kRows + kApart - 1) / kApart;
+  const int64_t step = a.step;
+  const char* rows[kPointers];
+  for (int i = 0; i < kPointers; ++i) rows[i] = a.data + i * kApart * step;
+  for (int64_t k = 0; k < depth; ++k) {
+    const Floats b0 = load(b + k * kTile), b1 = load(b_next + k * kTile);
 #pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
-      const Floats x = broadcast(a[i * kStride + k]);
-      sum[i][0] += x * b0;
-      sum[i][1] += x * b1;
+      const char* word = rows[i / kApart] + i % kApart * step;
+      sum[i][0] = multiply_add<kPairs>(word, b0, sum[i][0]);
+      sum[i][1] = multiply_add<kPairs>(word, b1, sum[i][1]);
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < kPointers; ++i) rows[i] += sizeof(float);
   }
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
-    store<float>(c + i * c_stride, sum[i][0], All{});
-    store<float>(c + i * c_stride + kLanes, sum[i][1], All{});
+    store(c + i * c_stride, sum[i][0]);
+    store(c + i * c_stride + kLanes, sum[i][1]);
   }
 }
 
-template <class Element>
-inline void read_row(const char* row, int64_t first, int64_t n, float* out) {
-  for_each_vector(n, [&](int64_t i, int, auto lanes) {
-    store<float>(out + i, load<Element>(row + (first + i) * sizeof(Element), lanes), lanes);
+inline const char* row_of(const Rows& rows, int64_t clip, int64_t row) {
+  return rows.data + clip * rows.clip_step + row * rows.row_step;
+}
+
+// Asks for the share from / of .. to / of of rows [row, row + n), so that they arrive while something else is
+// computed.
+inline void ask_for(const InfoNce& e, const Rows& rows, int64_t clip, int64_t row, int64_t n, int64_t from,
+                    int64_t to, int64_t of) {
+  constexpr int64_t kLine = 64;
+  const int64_t bytes = e.values * (rows.bfloat16 ? 2 : 4);
+  for (int64_t i = row + n * from / of; i < row + n * to / of && i < e.length; ++i) {
+    const char* data = row_of(rows, clip, i);
+    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(data + at);
+  }
+}
+
+// Words [first, first + n) of a row of `values` values; the second half of a last, odd pair is 0.
+template <bool kPairs>
+inline void read_words(const Rows& rows, int64_t clip, int64_t row, int64_t values, int64_t first, int64_t n,
+                       float* out) {
+  const char* data = row_of(rows, clip, row) + first * (rows.bfloat16 && !kPairs ? 2 : 4);
+  if (rows.bfloat16 && !kPairs) {
+    for_each_vector(n, [&](int64_t i, int, auto lanes) {
+      store<float>(out + i, load<BFloat16>(data + i * 2, lanes), lanes);
+    });
+    return;
+  }
+  const bool odd = kPairs && 2 * (first + n) > values;
+  for_each_vector(odd ? n - 1 : n, [&](int64_t i, int, auto lanes) {
+    store<float>(out + i, load<float>(data + i * 4, lanes), lanes);
   });
+  if (odd) {
+    out[n - 1] = 0;
+    __builtin_memcpy(out + n - 1, data + (n - 1) * 4, 2);
+  }
 }
 
-// Values [first, first + n) of a row in float32.
-inline void read_row(const Rows& rows, int64_t clip, int64_t row, int64_t first, int64_t n, float* out) {
-  const char* data = rows.data + clip * rows.clip_step + row * rows.row_step;
-  return rows.bfloat16 ? read_row<BFloat16>(data, first, n, out) : read_row<float>(data, first, n, out);
-}
-
-// Panels of kColumns rows of Y, value by value: out[panel][v][row], rows past the last one 0.
-inline void pack_columns(const InfoNce& e, int64_t clip, int64_t j0, int64_t columns, float* out) {
-  constexpr int64_t kPiece = 16;
-  float piece[kPiece] = {};
-  for (int64_t panel = 0; panel < panels(columns); ++panel) {
-    for (int64_t v = 0; v < e.values; v += kPiece) {
-      const int64_t n = e.values - v < kPiece ? e.values - v : kPiece;
-      for (int64_t lane = 0; lane < kColumns; ++lane) {
-        const int64_t j = panel * kColumns + lane;
-        float* to = out + (panel * e.values + v) * kColumns + lane;
-        if (j < columns) {
-          read_row(e.y, clip, j0 + j, v, n, piece);
-          for (int64_t i = 0; i < n; ++i) to[i * kColumns] = piece[i];
+// Rows of Y as columns: Panels over the words of a row. Rows past the last one are 0. `rows`: kTile of kStride.
+template <bool kPairs>
+inline Panels pack_columns(const InfoNce& e, int64_t clip, int64_t j0, int64_t columns, float* rows,
+                           float* out) {
+  const int64_t used = words<kPairs>(e.values), depth = round_up(used, kTile);
+  for (int64_t j = 0; j < round_up(columns, kWhole); j += kTile) {
+    for (int64_t word = 0; word < used; word += kBlock) {
+      const int64_t n = used - word < kBlock ? used - word : kBlock;
+      for (int64_t lane = 0; lane < kTile; ++lane) {
+        float* row = rows + lane * kStride;
+        if (j + lane < columns) {
+          read_words<kPairs>(e.y, clip, j0 + j + lane, e.values, word, n, row);
         } else {
-          for (int64_t i = 0; i < n; ++i) to[i * kColumns] = 0;
+          __builtin_memset(row, 0, n * sizeof(float));
         }
+        for (int64_t i = n; i % kTile; ++i) row[i] = 0;
+      }
+      for (int64_t i = 0; i < n; i += kTile) {
+        ask_for(e, e.y, clip, j0 + j + kTile, kTile, word + i, word + i + kTile, depth);
+        transpose(rows + i, kStride, out + j * depth + (word + i) * kTile);
       }
     }
   }
+  return {out, depth};
 }
 
-// Panels of kColumns values of Y, row by row: out[panel][row][v], values past the last one 0.
-inline void pack_values(const InfoNce& e, int64_t clip, int64_t j0, int64_t columns, float* out) {
-  for (int64_t panel = 0; panel < panels(e.values); ++panel) {
-    const int64_t v = panel * kColumns, n = e.values - v < kColumns ? e.values - v : kColumns;
-    for (int64_t j = 0; j < columns; ++j, out += kColumns) {
-      for (int64_t i = n; i < kColumns; ++i) out[i] = 0;
-      read_row(e.y, clip, j0 + j, v, n, out);
+// Values of Y as columns: Panels over its rows. Values past the last one are 0.
+template <bool kPairs>
+inline Panels pack_values(const InfoNce& e, int64_t clip, int64_t j0, int64_t columns, float* out) {
+  const int64_t depth = words<kPairs>(columns);
+  if (e.values % kWhole) __builtin_memset(out, 0, round_up(e.values, kWhole) * depth * sizeof(float));
+  const auto place = [=](int64_t v, int64_t word) {
+    return out + (v / kTile * depth + word) * kTile + v % kTile;
+  };
+  for (int64_t word = 0; word < depth; ++word) {
+    if constexpr (kPairs) {
+      const int64_t j = j0 + 2 * word;
+      const bool odd = 2 * word + 1 == columns;
+      const char *low = row_of(e.y, clip, j), *high = odd ? low : row_of(e.y, clip, j + 1);
+      const uint32_t keep_high = odd ? 0 : ~0u;
+      for_each_vector(e.values, [&](int64_t v, int, auto lanes) {
+        const Words first = (Words)load<BFloat16>(low + v * 2, lanes) >> 16;
+        const Words second = (Words)load<BFloat16>(high + v * 2, lanes) & keep_high;
+        store(place(v, word), (Floats)(first | second));
+      });
+    } else {
+      const char* row = row_of(e.y, clip, j0 + word);
+      for_each_vector(e.values, [&](int64_t v, int, auto lanes) {
+        const Floats y = e.y.bfloat16 ? load<BFloat16>(row + v * 2, lanes) : load<float>(row + v * 4, lanes);
+        store(place(v, word), y);
+      });
     }
   }
+  return {out, depth};
 }
 
-inline int64_t block_of(int64_t length) { return length < kBlock ? panels(length) * kColumns : kBlock; }
+// Rows of Y in a block: as few blocks as kBlock allows, of about the same size.
+inline int64_t block_of(int64_t length) {
+  const int64_t blocks = length > kBlock ? (length + kBlock - 1) / kBlock : 1;
+  return round_up((length + blocks - 1) / blocks, kWhole);
+}
 
 inline int64_t rows_of(const InfoNce& e, int64_t strip) {
   const int64_t rest = e.length - strip * kRows;
   return rest < kRows ? rest : kRows;
 }
 
-// s = the strip of S over the packed block; rows past the last one are 0.
-inline void scores(const InfoNce& e, int64_t clip, int64_t strip, int64_t columns, const float* packed,
+// s = the strip of S over the packed block; rows and columns past the last ones are 0.
+template <bool kPairs>
+inline void scores(const InfoNce& e, int64_t clip, int64_t strip, int64_t columns, const Panels& packed,
                    float* x, float* s) {
-  const int64_t rows = rows_of(e, strip);
+  const int64_t rows = rows_of(e, strip), depth = words<kPairs>(e.values), whole = round_up(columns, kColumns);
+  // Whole rows of words as they are need no copy.
+  const bool in_place = rows == kRows && e.x.bfloat16 == kPairs && !(kPairs && e.values % 2);
   __builtin_memset(x + rows * kStride, 0, (kRows - rows) * kStride * sizeof(float));
-  for (int64_t v = 0; v == 0 || v < e.values; v += kBlock) {  // S is 0 if there are no values
-    const int64_t depth = e.values - v < kBlock ? e.values - v : kBlock;
-    for (int64_t i = 0; i < rows; ++i) read_row(e.x, clip, strip * kRows + i, v, depth, x + i * kStride);
-    for (int64_t panel = 0; panel < panels(columns); ++panel) {
-      multiply(x, packed + (panel * e.values + v) * kColumns, depth, v > 0, s + panel * kColumns, kStride);
+  for (int64_t word = 0; word == 0 || word < depth; word += kBlock) {  // S is 0 if there are no values
+    const int64_t n = depth - word < kBlock ? depth - word : kBlock;
+    for (int64_t i = 0; i < rows && n > 0 && !in_place; ++i) {
+      read_words<kPairs>(e.x, clip, strip * kRows + i, e.values, word, n, x + i * kStride);
+    }
+    const Strip a = in_place ? Strip{row_of(e.x, clip, strip * kRows) + word * 4, e.x.row_step} : strip_of(x);
+    for (int64_t j = 0; j < whole; j += kColumns) {
+      if (word == 0) ask_for(e, e.x, clip, (strip + 1) * kRows, kRows, j, j + kColumns, whole);
+      multiply<kPairs>(a, packed, word, j, n, word > 0, s + j, kStride);
     }
   }
 }
 
-inline float finite_or_zero(float x) { return __builtin_isinf(x) ? 0 : x; }
+constexpr float kLargest = 3.4028235e38f;
 
-// Takes `n` more logits into a running logsumexp, max + log(sum).
-inline void update(float& max_so_far, float& sum_so_far, const float* s, int64_t n) {
-  const float infinity = __builtin_inff();
-  const Floats lowest = broadcast(-infinity);
-  Floats max[kSlots] = {lowest, lowest, lowest, lowest};
-  float tail = -infinity;
-  const int64_t whole = n / kLanes * kLanes;
-  for_each_vector(whole, [&](int64_t i, int slot, auto lanes) {
-    const Floats x = load<float>(s + i, lanes);
-    max[slot] = select(x > max[slot], x, max[slot]);
-  });
-  for (int64_t i = whole; i < n; ++i) tail = s[i] > tail ? s[i] : tail;
-  const Floats m01 = select(max[0] > max[1], max[0], max[1]), m23 = select(max[2] > max[3], max[2], max[3]);
-  float highest = max_lanes(select(m01 > m23, m01, m23));
-  highest = tail > highest ? tail : highest;
-  highest = max_so_far > highest ? max_so_far : highest;
-  const float shift = finite_or_zero(highest);
-
-  Floats sum[kSlots] = {};
-  for_each_vector(n, [&](int64_t i, int slot, auto lanes) {
-    sum[slot] += keep(exp(load<float>(s + i, lanes) - shift), lanes);
-  });
-  const float more = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  if (sum_so_far > 0) sum_so_far *= __builtin_expf(finite_or_zero(max_so_far) - shift);
-  max_so_far = highest;
-  sum_so_far += more;
+// e^(x - highest), where infinity is as large as what is infinitely large.
+inline Floats weight(Floats x, Floats highest) {
+  return exp_of_negative(min(Floats{}, x - min(broadcast(kLargest), highest)));
 }
 
-}  // namespace
-
-// float32 values of scratch memory, for any part of the strips.
-int64_t info_nce_scratch(int64_t length, int64_t values) {
-  const int64_t tall = (length + kRows - 1) / kRows * kRows, wide = panels(values) * kColumns;
-  return 2 * kRows * kStride + block_of(length) * (values + wide) + tall * (wide + 2);
+// Takes n more logits into kLanes running logsumexps side by side, max + log(sum).
+inline void update(float* max_so_far, float* sum_so_far, const float* s, int64_t n) {
+  const Floats before = load(max_so_far);
+  Floats top[kSlots] = {before, before, before, before};
+  for_each_vector(n, [&](int64_t j, int slot, auto lanes) {
+    top[slot] = max(load<float>(s + j, lanes), top[slot]);
+  });
+  const Floats highest = max(max(top[0], top[1]), max(top[2], top[3]));
+  Floats sum[kSlots] = {load(sum_so_far) * weight(before, highest)};
+  for_each_vector(n, [&](int64_t j, int slot, auto lanes) {
+    sum[slot] += weight(load<float>(s + j, lanes), highest);
+  });
+  store(max_so_far, highest);
+  store(sum_so_far, (sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
-
-int64_t info_nce_strip() { return kRows; }
 
 // Strips [begin, end) of all clips: lse and loss.
-void info_nce_forward(const InfoNce& e, int64_t begin, int64_t end, float* scratch) {
+template <bool kPairs>
+void forward(const InfoNce& e, int64_t begin, int64_t end, float* scratch) {
+  const int64_t block = block_of(e.length);
   float* x = scratch;
-  float* s = x + kRows * kStride;
-  float* packed = s + kRows * kStride;
-  float* max = packed + block_of(e.length) * e.values;
-  float* sum = max + e.strips * kRows;
+  float* s = x + kTile * kStride;
+  float* max_so_far = s + kRows * kStride;
+  float* sum_so_far = max_so_far + e.strips * kRows * kLanes;
+  float* by_column = sum_so_far + e.strips * kRows * kLanes;
   while (begin < end) {
     const int64_t clip = begin / e.strips, first = begin % e.strips;
     const int64_t last = first + end - begin < e.strips ? first + end - begin : e.strips;
+    const int64_t last_row = last * kRows < e.length ? last * kRows : e.length;
     float* lse = e.lse + clip * e.length;
     float* loss = e.loss + clip * e.length;
-    for (int64_t i = first * kRows; i < last * kRows; ++i) {
-      max[i] = -__builtin_inff();
-      sum[i] = 0;
+    for (int64_t i = first * kRows; i < last_row; ++i) {
+      store(max_so_far + i * kLanes, broadcast(-kLargest));
+      store(sum_so_far + i * kLanes, Floats{});
     }
-    for (int64_t j0 = 0; j0 < e.length; j0 += kBlock) {
-      const int64_t columns = e.length - j0 < kBlock ? e.length - j0 : kBlock;
-      pack_columns(e, clip, j0, columns, packed);
+    for (int64_t j0 = 0; j0 < e.length; j0 += block) {
+      const int64_t columns = e.length - j0 < block ? e.length - j0 : block;
+      const Panels packed = pack_columns<kPairs>(e, clip, j0, columns, x, by_column);
       for (int64_t strip = first; strip < last; ++strip) {
-        scores(e, clip, strip, columns, packed, x, s);
+        scores<kPairs>(e, clip, strip, columns, packed, x, s);
         for (int64_t row = 0; row < rows_of(e, strip); ++row) {
           const int64_t i = strip * kRows + row;
-          update(max[i], sum[i], s + row * kStride, columns);
-          if (i >= j0 && i < j0 + columns) loss[i] = s[row * kStride + i - j0];
+          float* logits = s + row * kStride;
+          for (int64_t j = columns; j % kLanes; ++j) logits[j] = -__builtin_inff();
+          update(max_so_far + i * kLanes, sum_so_far + i * kLanes, logits, round_up(columns, kLanes));
+          if (i >= j0 && i < j0 + columns) loss[i] = logits[i - j0];
         }
       }
     }
-    for (int64_t i = first * kRows; i < last * kRows && i < e.length; ++i) {
-      lse[i] = finite_or_zero(max[i]) + __builtin_logf(sum[i]);
+    for (int64_t i = first * kRows; i < last_row; ++i) {
+      const Floats of_lanes = load(max_so_far + i * kLanes);
+      const float highest = max_lanes(of_lanes);
+      const float sum = sum_lanes(load(sum_so_far + i * kLanes) * weight(of_lanes, broadcast(highest)));
+      lse[i] = highest + __builtin_logf(sum);
       loss[i] = lse[i] - loss[i];
     }
     begin += last - first;
   }
 }
 
+// s = softmax - I of the strip and the block.
+inline void subtract_identity(const InfoNce& e, const float* lse, int64_t strip, int64_t j0, int64_t columns,
+                              float* s) {
+  for (int64_t row = 0; row < rows_of(e, strip); ++row) {
+    const int64_t i = strip * kRows + row;
+    float* p = s + row * kStride;
+    const Floats of_row = broadcast(lse[i]);
+    for_each_vector(columns, [&](int64_t j, int, auto lanes) {
+      const Floats shift = e.lse_of_columns ? load<float>(lse + j0 + j, lanes) : of_row;
+      store<float>(p + j, exp_of_negative(load<float>(p + j, lanes) - shift), lanes);
+    });
+    if (i >= j0 && i < j0 + columns) p[i - j0] -= 1;
+  }
+}
+
+// The strip's words in place of its floats. What is past the last column is 0.
+template <bool kPairs>
+inline void to_words([[maybe_unused]] int64_t columns, [[maybe_unused]] float* s) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) {
+    for (int64_t row = 0; row < kRows; ++row) {
+      float* p = s + row * kStride;
+      if (columns % 2) p[columns] = 0;
+      for (int64_t j = 0; j < columns; j += 2 * kLanes) {
+        store(p + j / 2, (Floats)_mm512_cvtne2ps_pbh(load(p + j + kLanes), load(p + j)));
+      }
+    }
+  }
+#endif
+}
+
+template <class Element>
+inline void write_row(const float* row, int64_t n, float scale, char* out) {
+  for_each_vector(n, [&](int64_t i, int, auto lanes) {
+    store<Element>(out + i * sizeof(Element), load<float>(row + i, lanes) * scale, lanes);
+  });
+}
+
 // Strips [begin, end) of all clips: d_x = scale (softmax - I) Y.
-void info_nce_backward(const InfoNce& e, int64_t begin, int64_t end, float* scratch) {
-  const int64_t wide = panels(e.values) * kColumns;
+template <bool kPairs>
+void backward(const InfoNce& e, int64_t begin, int64_t end, float* scratch) {
+  const int64_t wide = round_up(e.values, kWhole), block = block_of(e.length);
   float* x = scratch;
-  float* s = x + kRows * kStride;
-  float* by_column = s + kRows * kStride;
-  float* by_value = by_column + block_of(e.length) * e.values;
-  float* d_x = by_value + block_of(e.length) * wide;
+  float* s = x + kTile * kStride;
+  float* d_x = s + kRows * kStride;
+  float* by_column = d_x + e.strips * kRows * wide;
+  float* by_value = by_column + block * round_up(e.values, kTile);
   while (begin < end) {
     const int64_t clip = begin / e.strips, first = begin % e.strips;
     const int64_t last = first + end - begin < e.strips ? first + end - begin : e.strips;
     const float* lse = e.lse + clip * e.length;
-    for (int64_t j0 = 0; j0 < e.length; j0 += kBlock) {
-      const int64_t columns = e.length - j0 < kBlock ? e.length - j0 : kBlock;
-      pack_columns(e, clip, j0, columns, by_column);
-      pack_values(e, clip, j0, columns, by_value);
+    for (int64_t j0 = 0; j0 < e.length; j0 += block) {
+      const int64_t columns = e.length - j0 < block ? e.length - j0 : block;
+      const Panels rows = pack_columns<kPairs>(e, clip, j0, columns, x, by_column);
+      const Panels values = pack_values<kPairs>(e, clip, j0, columns, by_value);
       for (int64_t strip = first; strip < last; ++strip) {
-        scores(e, clip, strip, columns, by_column, x, s);
-        for (int64_t row = 0; row < rows_of(e, strip); ++row) {
-          const int64_t i = strip * kRows + row;
-          float* p = s + row * kStride;
-          const float of_row = lse[i];
-          const bool diagonal = i >= j0 && i < j0 + columns;
-          for_each_vector(columns, [&](int64_t j, int, auto lanes) {
-            const Floats shift = e.lse_of_columns ? load<float>(lse + j0 + j, lanes) : broadcast(of_row);
-            store<float>(p + j, exp(load<float>(p + j, lanes) - shift) * e.scale, lanes);
-          });
-          if (diagonal) p[i - j0] -= e.scale;
-        }
-        for (int64_t panel = 0; panel < panels(e.values); ++panel) {
-          multiply(s, by_value + panel * columns * kColumns, columns, j0 > 0,
-                   d_x + (strip - first) * kRows * wide + panel * kColumns, wide);
+        scores<kPairs>(e, clip, strip, columns, rows, x, s);
+        subtract_identity(e, lse, strip, j0, columns, s);
+        to_words<kPairs>(columns, s);
+        for (int64_t v = 0; v < e.values; v += kColumns) {
+          multiply<kPairs>(strip_of(s), values, 0, v, values.depth, j0 > 0,
+                           d_x + (strip - first) * kRows * wide + v, wide);
         }
       }
     }
     for (int64_t i = first * kRows; i < last * kRows && i < e.length; ++i) {
       const float* row = d_x + (i - first * kRows) * wide;
       char* out = e.d_x + (clip * e.length + i) * e.values * (e.x.bfloat16 ? 2 : 4);
-      for_each_vector(e.values, [&](int64_t v, int, auto lanes) {
-        const Floats value = load<float>(row + v, lanes);
-        if (e.x.bfloat16) {
-          store<BFloat16>(out + v * sizeof(BFloat16), value, lanes);
-        } else {
-          store<float>(out + v * sizeof(float), value, lanes);
-        }
-      });
+      if (e.x.bfloat16) {
+        write_row<BFloat16>(row, e.values, e.scale, out);
+      } else {
+        write_row<float>(row, e.values, e.scale, out);
+      }
     }
     begin += last - first;
   }
+}
+
+}  // namespace
+
+// float32 values of scratch memory, for any part of the strips.
+int64_t info_nce_scratch(int64_t length, int64_t values) {
+  const int64_t tall = round_up(length, kRows), wide = round_up(values, kWhole);
+  const int64_t packed = block_of(length) * (round_up(values, kTile) + wide);
+  return (kTile + kRows) * kStride + tall * (wide + 2 * kLanes) + packed;
+}
+
+int64_t info_nce_strip() { return kRows; }
+
+void info_nce_forward(const InfoNce& e, int64_t begin, int64_t end, float* scratch) {
+  if (kHasPairs && e.x.bfloat16 && e.y.bfloat16) return forward<kHasPairs>(e, begin, end, scratch);
+  forward<false>(e, begin, end, scratch);
+}
+
+void info_nce_backward(const InfoNce& e, int64_t begin, int64_t end, float* scratch) {
+  if (kHasPairs && e.x.bfloat16 && e.y.bfloat16) return backward<kHasPairs>(e, begin, end, scratch);
+  backward<false>(e, begin, end, scratch);
 }
 
 }  // namespace AUDIOMAE_TIER
