@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -142,8 +143,13 @@ def main(argv: list[str] | None = None, started: float = _STARTED) -> int:
     except DeviceError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"bench: interrupted; what was measured is in {arguments.out}.", file=sys.stderr)
+        return 130
     return 0
 
 
 if __name__ == "__main__":
+    # What ends a run for its time ends it as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

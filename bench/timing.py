@@ -132,29 +132,75 @@ def measure_passes_cpu(call: Call, clock=time.perf_counter):
     return tuple(b - a for a, b in pairwise(times)), None
 
 
-class PassesOnCUDA:
-    """As `measure_passes_cpu` with device time: medians of `repeats` runs, each with the L2 cache flushed."""
+@dataclass(frozen=True)
+class Launches:
+    """Whether the host kept ahead of the device, so that events timed the device alone.
 
-    def __init__(self, device: torch.device, repeats: int = 20):
-        self.repeats = repeats
+    Attributes:
+        host: median seconds that the host took to launch a run.
+        cover: seconds for which the device was kept busy meanwhile.
+        late: share of the runs for which that was too short.
+    """
+
+    host: float
+    cover: float
+    late: float
+
+
+class PassesOnCUDA:
+    """As `measure_passes_cpu` with device time: medians of `repeats` runs, each with the L2 cache flushed.
+
+    A kernel of 10 us that Python takes 50 us to launch would be timed as 50. So the device sleeps before each
+    run for twice as long as the host needs to launch it. A run whose launches took longer still is left out;
+    where that befalls more than half of them, all count, and their times are upper bounds.
+
+    Returns:
+        Seconds of (forward,) or (forward, backward), and `Launches`.
+    """
+
+    def __init__(self, device: torch.device, repeats: int = 20, clock=time.perf_counter):
+        self.repeats, self.clock = repeats, clock
         self.flush = torch.empty(max(2 * cache_bytes(device), 2**28), dtype=torch.int8, device=device)
+        self.cycles_per_second = max(_cycles_per_second() for _ in range(3))  # of its highest clock
 
     def __call__(self, call: Call):
-        events = [
-            [torch.cuda.Event(enable_timing=True) for _ in range(2 if call.backward is None else 3)]
-            for _ in range(self.repeats)
-        ]
-        for run in events:
-            self.flush.zero_()  # while it runs, the launches that follow are queued
-            run[0].record()
-            output = call.forward()
-            run[1].record()
-            if call.backward is not None:
-                call.backward(output)
-                run[2].record()
-        torch.cuda.synchronize()
+        self._run(call)
+        cover = 2 * max(self._run(call)[0] for _ in range(3))
+        runs = [self._run(call, cover) for _ in range(self.repeats)]
+        hosts, events = zip(*runs, strict=True)
         passes = [[a.elapsed_time(b) / 1e3 for a, b in pairwise(run)] for run in events]
-        return tuple(quantile(times, 0.5) for times in zip(*passes, strict=True)), None
+        covered = [times for host, times in zip(hosts, passes, strict=True) if host <= cover]
+        late = 1 - len(covered) / len(passes)
+        medians = (quantile(times, 0.5) for times in zip(*(passes if late > 0.5 else covered), strict=True))
+        return tuple(medians), Launches(quantile(hosts, 0.5), cover, late)
+
+    def _run(self, call: Call, cover: float = 0.0):
+        """(seconds that the host took for its launches, events around the passes)."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2 if call.backward is None else 3)]
+        torch.cuda.synchronize()  # a full queue would make the host wait
+        self.flush.zero_()
+        torch.cuda._sleep(int(cover * self.cycles_per_second))
+        start = self.clock()
+        events[0].record()
+        output = call.forward()
+        events[1].record()
+        if call.backward is not None:
+            call.backward(output)
+            events[2].record()
+        host = self.clock() - start
+        torch.cuda.synchronize()
+        return host, events
+
+
+def _cycles_per_second(cycles: int = 10_000_000) -> float:
+    """The rate at which the current GPU counts the cycles of `torch.cuda._sleep`."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(cycles)  # the second begins when this one ends, and not with its own launch
+    start.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    torch.cuda.synchronize()
+    return cycles / (start.elapsed_time(end) / 1e3)
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

@@ -87,8 +87,9 @@ def test_output_of_its_own(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="It looks at /proc.")
-def test_a_step_that_takes_too_long_leaves_no_process(tmp_path):
+def test_a_step_that_takes_too_long_leaves_no_process(tmp_path, monkeypatch):
     """Not even one that ignores the friendly signal."""
+    monkeypatch.setattr(runner, "GRACE", 1)
     script = "trap '' TERM; sleep 60 & echo $!; wait"
     (result,) = runner.run([Step("stubborn", ["bash", "-c", script], seconds=1)], tmp_path)
     assert result.outcome == "timed out"

@@ -31,6 +31,7 @@ class Row:
     metrics: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     notes: dict[str, str] = field(default_factory=dict)  # mode -> why it has no number
+    late: dict[int, bool] = field(default_factory=dict)  # round -> whether its times are the host's in part
 
     def median(self, mode: str) -> float:
         return quantile(list(self.seconds[mode].values()), 0.5)
@@ -92,6 +93,8 @@ def collect(records: Iterable[dict]) -> list[Group]:
                 row.error = row.error or record["note"]
         elif metric == "seconds":
             row.seconds.setdefault(mode, {})[record["round"]] = record["value"]
+        elif metric == "late":
+            row.late[record["round"]] = record["value"] > 0.5  # see `timing.PassesOnCUDA`
         else:
             row.metrics[metric] = record["value"]
     order = [*PROVIDERS]
@@ -184,6 +187,31 @@ def without_numbers(groups: Sequence[Group]) -> list[str]:
     return lines
 
 
+def cut_short(records: Sequence[dict], groups: Sequence[Group]) -> list[str]:
+    """A warning if the run ended before all of its cases."""
+    planned = next((int(r["value"]) for r in records if r["metric"] == "cases"), len(groups))
+    if len(groups) >= planned:
+        return []
+    return [f"The run ended early: {len(groups)} of {planned} cases were begun."]
+
+
+def late_launches(groups: Sequence[Group]) -> list[str]:
+    """A warning if the host was too slow for times of the device alone; it names the rows."""
+    rows = [
+        f"{group.op} {group.shape} {group.dtype} x{group.batch} {row.provider} "
+        f"({sum(row.late.values())} of {len(row.late)} rounds)"
+        for group in groups
+        for row in (group.copy, *group.rows.values())
+        if row.error is None and any(row.late.values())
+    ]
+    if not rows:
+        return []
+    return [
+        "The host took longer for its launches than the GPU was kept busy, so that these times are upper bounds, "
+        f"and ratios and floors taken from them are off: {'; '.join(rows)}."
+    ]
+
+
 def text(records: Sequence[dict]) -> str:
     """The whole report in Markdown."""
     groups = collect(records)
@@ -192,7 +220,10 @@ def text(records: Sequence[dict]) -> str:
     sections = [
         "# Benchmark: kernels",
         environment(records[0]),
-        *(f"**{warning}**" for warning in warnings(records)),
+        *(
+            f"**{warning}**"
+            for warning in (*cut_short(records, groups), *warnings(records), *late_launches(groups))
+        ),
         f"Random inputs that no cache holds when a call begins. {counted} interleaved rounds a case; the figures are "
         f"medians with {brackets(min(rounds))} in brackets, ratios are taken within rounds. Output and gradients of "
         "every provider were held to an error budget against float64 before it was timed (see "
@@ -228,7 +259,7 @@ def plot(groups: Sequence[Group], path: Path) -> None:
     from matplotlib.figure import Figure
 
     batches = {group.batch for group in groups}
-    batch = 8 if 8 in batches else max(batches)
+    batch = 8 if 8 in batches else max(batches, default=8)
     shown = [g for g in groups if g.batch == batch and any(r.seconds for r in g.rows.values())]
     shapes = list(dict.fromkeys((g.op, g.shape) for g in shown))
     dtypes = list(dict.fromkeys(g.dtype for g in shown))

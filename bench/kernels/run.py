@@ -289,6 +289,10 @@ def measure_case(
         if sample.error is not None:
             write.add("error", None, note=sample.error, **columns)
             continue
+        if (launches := sample.result) is not None:
+            write.add("host", launches.host, "s", **columns)
+            write.add("cover", launches.cover, "s", **columns)
+            write.add("late", launches.late, **columns)
         parts = list(sample.seconds)
         for mode, value in zip(MODES, [*parts, sum(parts)] if len(parts) > 1 else parts, strict=False):
             write.add("seconds", value, "s", mode=mode, **columns)
@@ -337,20 +341,23 @@ def run(options: Options, started: float) -> Path:
         "level": "kernels",
     }
     path = options.out / "measurements.csv"
-    with results.Writer(path, common, results.KERNEL_COLUMNS) as write, fresh_compile_caches():
-        write.add("others_running", others)
-        measure_ceilings(dtypes, device, write)
-        for case in todo:
-            names = [name for name in providers.serving(case.op) if name in options.providers]
-            if not options.full and device.type == "cpu" and progress.elapsed > QUICK_SECONDS:
-                for name in names:
-                    note = "not measured: the quick preset's time was spent; choose --ops, or take --full"
-                    write.add("error", None, note=note, **case.columns(), provider=name)
-                continue
-            measure_case(case, names, device, measure, limits, write, progress)
-            torch.compiler.reset()  # each case is compiled for its own shapes
-            timing.release()
-        measure_ceilings(dtypes, device, write)
-    print(report.write(path, options.out))
-    progress(f"wrote {path}, report.md and kernels.png")
+    try:
+        with results.Writer(path, common, results.KERNEL_COLUMNS) as write, fresh_compile_caches():
+            write.add("others_running", others)
+            write.add("cases", len(todo))
+            measure_ceilings(dtypes, device, write)
+            for case in todo:
+                names = [name for name in providers.serving(case.op) if name in options.providers]
+                if not options.full and device.type == "cpu" and progress.elapsed > QUICK_SECONDS:
+                    for name in names:
+                        note = "not measured: the quick preset's time was spent; choose --ops, or take --full"
+                        write.add("error", None, note=note, **case.columns(), provider=name)
+                    continue
+                measure_case(case, names, device, measure, limits, write, progress)
+                torch.compiler.reset()  # each case is compiled for its own shapes
+                timing.release()
+            measure_ceilings(dtypes, device, write)
+    finally:  # a run of hours that is ended early leaves a report of what it measured
+        print(report.write(path, options.out))
+        progress(f"wrote {path}, report.md and kernels.png")
     return path

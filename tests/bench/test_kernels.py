@@ -1,8 +1,10 @@
 """The kernels level: its registry, its providers, and small runs end to end."""
 
+import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import audiomae_kernels as ak
 import pytest
@@ -10,10 +12,11 @@ import torch
 from torch.nn import functional
 
 from bench import device as devices
-from bench import results
+from bench import results, timing
 from bench.__main__ import main
 from bench.kernels import cases, providers, report, run
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SMALL = {
     "GRID": (8, 4),
@@ -325,6 +328,42 @@ def test_when_the_quick_time_is_spent_the_rest_says_so(small, tmp_path, monkeypa
     assert all("time was spent" in row.error for row in group.rows.values())
 
 
+def test_a_run_that_is_interrupted_leaves_its_report(small, tmp_path, monkeypatch, capsys):
+    measure_case, begun = run.measure_case, []
+
+    def interrupted(case, *arguments):
+        begun.append(case)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        measure_case(case, *arguments)
+
+    monkeypatch.setattr(run, "measure_case", interrupted)
+    arguments = ["--device", "cpu", "--rounds", "2", "--batch-size", "2", "--providers", "eager"]
+    assert main(["kernels", *arguments, "--dtypes", "fp32", "--out", str(tmp_path)]) == 130
+    assert "interrupted; what was measured is in" in capsys.readouterr().err
+    text = (tmp_path / "report.md").read_text()
+    planned = len(cases.cases(cases.OPS, ("fp32",), (2,), quick=True))
+    assert f"**The run ended early: 2 of {planned} cases were begun.**" in text
+    assert text.count("## window_attention: ") == 2
+    assert (tmp_path / "kernels.png").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGTERM cannot be handled there.")
+def test_a_run_that_is_terminated_leaves_its_report(tmp_path):
+    """Even one that has no case yet: it is ended during the ceilings."""
+    script = f"""if True:
+        import os, runpy, signal, sys
+        from bench import roofline
+        roofline.matmul_ceilings = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+        sys.argv = ["bench", "kernels", "--device", "cpu", "--out", {str(tmp_path)!r}]
+        runpy.run_module("bench", run_name="__main__", alter_sys=True)
+    """
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    text = (tmp_path / "report.md").read_text()
+    assert "The run ended early: 0 of" in text
+
+
 def test_inputs_are_out_of_the_cache(monkeypatch):
     monkeypatch.setattr(devices, "cache_bytes", lambda device: 2**20)
     case = cases.Case(cases._info_nce(32, 64), "fp32", 2)
@@ -414,6 +453,26 @@ def test_a_busy_machine_is_said(record):
     text = report.text(results.read(record, results.KERNEL_COLUMNS))
     assert "**The machine was busy at the start: 1.5 other processes were running on 2 cores." in text
     assert "copied at 10.0 GB/s before the timing and at 7.0 GB/s after it.**" in text
+
+
+def test_late_launches_are_said(small, tmp_path, monkeypatch):
+    """By a stand-in for a GPU's timing, whose host falls behind in the second round."""
+    calls, on_cpu = [], timing.measure_passes_cpu
+
+    def measure(call):
+        calls.append(1)
+        return on_cpu(call)[0], timing.Launches(1e-4, 2e-4, 0.2 if len(calls) <= 2 else 0.6)
+
+    monkeypatch.setattr(timing, "measure_passes_cpu", measure)
+    bench(tmp_path, "--ops", "unshuffle", "--dtypes", "fp32", "--providers", "eager")
+    rows = results.read(tmp_path / "measurements.csv", results.KERNEL_COLUMNS)
+    found = [(r["metric"], r["provider"], r["round"], r["value"]) for r in rows if r["metric"] == "late"]
+    assert sorted(found) == [
+        ("late", "copy", 0, 0.2), ("late", "copy", 1, 0.6), ("late", "eager", 0, 0.2), ("late", "eager", 1, 0.6),
+    ]  # fmt: skip
+    (warning,) = (line for line in (tmp_path / "report.md").read_text().split("\n") if "upper bounds" in line)
+    assert warning.startswith("**The host took longer") and "fp32 x2 eager (1 of 2 rounds)" in warning
+    assert "fp32 x2 copy (1 of 2 rounds)" in warning
 
 
 def test_a_record_of_models_is_refused(tmp_path):
