@@ -105,9 +105,10 @@ def test_a_step_that_takes_too_long_leaves_no_process(tmp_path, monkeypatch):
 def test_interrupted(tmp_path, sent):
     """What was done is packed; nothing else is run."""
     script = f"""if True:
-        import sys
+        import signal, sys
         from pathlib import Path
         from gpu import run as runner
+        signal.signal({int(sent)}, signal.{"SIG_IGN" if sent == signal.SIGINT else "SIG_DFL"})
         folder = Path({str(tmp_path)!r})
         runner.ROOT = folder
         def python(name, code):

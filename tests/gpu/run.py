@@ -212,8 +212,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
     parser.add_argument("--rehearse", action="store_true", help="all steps on the CPU, small")
     args = parser.parse_args(argv)
-    for lost in (signal.SIGTERM, signal.SIGHUP):  # a connection that breaks is a Ctrl-C
-        signal.signal(lost, signal.default_int_handler)
+    # A connection that breaks is a Ctrl-C, except under nohup; shells start background jobs without SIGINT.
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if ending != signal.SIGHUP or signal.getsignal(ending) != signal.SIG_IGN:
+            signal.signal(ending, signal.default_int_handler)
     folder = ROOT / FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
