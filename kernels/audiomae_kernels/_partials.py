@@ -6,7 +6,7 @@ from torch import Tensor
 
 from audiomae_kernels._triton import device_of, tl, triton
 
-PROGRAMS = 1024  # of a loss, at most: each adds up its share of the tiles and writes one partial sum
+PROGRAMS = 8  # of a loss a multiprocessor: each adds up its share of the tiles and writes one partial sum
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -36,8 +36,7 @@ def sum_partials(partials: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
     rows, columns = partials.shape[0], out.numel()
     if columns == 0:
         return out
-    # A loss has as many partials as the batch gives work for: its block must not depend on them.
-    block_rows = PROGRAMS if columns == 1 else min(triton.next_power_of_2(rows), 128)
+    block_rows = 1024 if columns == 1 else min(triton.next_power_of_2(rows), 128)
     block_columns = min(triton.next_power_of_2(columns), 4096 // block_rows)
     with device_of(partials):
         sum_partials_kernel[(triton.cdiv(columns, block_columns),)](

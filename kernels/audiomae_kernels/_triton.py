@@ -7,6 +7,7 @@ Triton. Nothing here or there touches a GPU before the first launch.
 from __future__ import annotations
 
 import contextlib
+import functools
 from importlib import import_module
 
 import torch
@@ -54,6 +55,16 @@ def device_types() -> tuple[str, ...]:
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; 1 for the CPU, whose programs run one after another or not at all."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def targets_hip() -> bool:
+    """`is_hip` for code that launches kernels: asks each driver once, since an answer takes microseconds."""
+    return _targets_hip(triton.runtime.driver._active)
+
+
+@functools.cache
+def _targets_hip(driver) -> bool:
+    return bool(is_hip())
 
 
 @contextlib.contextmanager

@@ -1,12 +1,16 @@
-"""Repairs Triton's interpreter, in the process where the tests run in it.
+"""The versions of Triton that these tests hold for, and repairs of its interpreter where they run in it.
 
-`test_interpreter.py` says when the repairs are no longer needed.
+The budgets, the bits and the rules for binaries hold for Triton 3.7 and newer, and are looked at with 3.8. The
+kernels themselves also compile with 3.6, whose interpreter does not work with NumPy 2.4. `baseline.json` holds
+for the one version that it names. `test_interpreter.py` says when the repairs are no longer needed.
 """
 
 import numpy as np
 import pytest
 import torch
 from audiomae_kernels import _triton
+
+OLDEST = (3, 7)
 
 if _triton.interpreting():
     from triton.runtime import interpreter
@@ -17,7 +21,7 @@ if _triton.interpreting():
     patched = set()
 
     def repaired_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        """Products of bf16, which Triton 3.8 and 3.9 take for integers, and of TF32, never rounded there."""
+        """Products of bf16, which Triton 3.8 and 3.9 take for integers, and of TF32, never cut to it there."""
         a, b = _as_multiplied(a, input_precision), _as_multiplied(b, input_precision)
         return broken_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
@@ -26,7 +30,7 @@ if _triton.interpreting():
         if x.dtype.scalar == _triton.tl.bfloat16:
             bits <<= 16
         elif x.data.dtype == np.float32 and input_precision == interpreter._ir.INPUT_PRECISION.TF32:
-            bits = np.where(np.isfinite(x.data), bits + 0x1000 & 0xFFFFE000, bits)  # to 10 bits of fraction
+            bits = np.where(np.isfinite(x.data), bits & 0xFFFFE000, bits)  # GPUs cut off all but 10 bits
         else:
             return x
         return interpreter.TensorHandle(bits.astype(np.uint32).view(np.float32), _triton.tl.float32)
@@ -57,6 +61,18 @@ if _triton.interpreting():
     interpreter.InterpreterBuilder.cast_impl = rounding_cast
     interpreter.GridExecutor.__call__ = launch_afresh
     interpreter.InterpretedFunction.__call__ = call_device_function
+
+
+@pytest.fixture(autouse=True, scope="module")
+def supported_triton():
+    """Before the other fixtures of a module, some of which compile for minutes."""
+    if _triton.available():
+        version = _triton.triton.__version__
+        if tuple(map(int, version.split(".")[:2])) < OLDEST:
+            pytest.skip(
+                f"These tests hold for Triton {'.'.join(map(str, OLDEST))} and newer, not {version}: older "
+                "interpreters fail at loops with NumPy 2.4, and older compilers were not reviewed."
+            )
 
 
 @pytest.fixture(autouse=True)

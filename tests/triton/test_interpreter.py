@@ -39,9 +39,11 @@ def test_dot(dtype):
     torch.testing.assert_close(dot(a, b), a.float() @ b.float())
 
 
-def test_dot_rounds_to_tf32_when_asked():
-    a, b = torch.full((16, 16), 1 + 2**-11 + 2**-20), torch.eye(16)
+def test_dot_truncates_to_tf32_when_asked():
+    """Tensor cores leave out the low 13 bits of the fraction, of either sign: no rounding to nearest."""
+    a, b = torch.full((16, 16), 1 + 2**-10 + 2**-11 + 2**-20), torch.eye(16)
     assert (dot(a, b, "tf32") == 1 + 2**-10).all()
+    assert (dot(b, -a, "tf32") == -1 - 2**-10).all()
     assert torch.equal(dot(a, b), a)
     assert torch.equal(dot(torch.full((16, 16), float("inf")), torch.ones(16, 16), "tf32"), a * float("inf"))
 

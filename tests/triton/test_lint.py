@@ -18,6 +18,12 @@ HERE = Path(__file__).parent
 BASELINE = HERE / "baseline.json"
 TARGETS = ("sm_90", "sm_120", "gfx942")  # of the broken kernels: in bfloat16, float32, bfloat16
 
+# What `survey.compile_rows` says of a binary that breaks no rule.
+CLEAN = dict.fromkeys(("spills", "local", "atomics", "narrow", "reduced"), 0)
+CLEAN |= {"matrix": "HMMA", "products": 4}
+CLEAN |= {"launch": "op", "kernel": "k", "function": "k", "target": "sm_90", "dtype": "bfloat16"}
+CLEAN |= {"aligned": True, "loads": {}, "stores": {}}
+
 
 def inspect(tmp_path, *arguments):
     """The report of ``python -m audiomae_kernels.inspect``, from an empty compile cache."""
@@ -92,7 +98,8 @@ def test_differences_from_the_baseline_are_found(tmp_path):
     from audiomae_kernels.inspect import lint
 
     row = {"launch": "op", "kernel": "k", "target": "sm_90", "dtype": "bfloat16", "aligned": True}
-    row |= {"registers": 40, "shared": 0, "matrix": "", "loads": {"x": [32, 128]}, "stores": {}}
+    row |= {"registers": 40, "shared": 0, "matrix": "HMMA", "products": 24}
+    row |= {"loads": {"x": [32, 128]}, "stores": {}}
     other = row | {"target": "sm_80", "registers": 48}
     lint.write_baseline([row, other], tmp_path / "baseline.json")
     reviewed = json.loads((tmp_path / "baseline.json").read_text())
@@ -100,6 +107,8 @@ def test_differences_from_the_baseline_are_found(tmp_path):
     assert lint.compare([row, other], reviewed) == []
     (found,) = lint.compare([row | {"registers": 48}], reviewed)
     assert found.endswith("registers is 48, and was 40 when reviewed")
+    (found,) = lint.compare([row | {"products": 8}], reviewed)  # the others fell back to scalar arithmetic
+    assert found.endswith("products is 8, and was 24 when reviewed")
     (found,) = lint.compare([row | {"loads": {"x": [128]}}], reviewed)
     assert found.endswith("loads is x 128, and was x 32/128 when reviewed")
     (found,) = lint.compare([row | {"target": "sm_86"}], reviewed)
@@ -112,16 +121,59 @@ def test_tf32_is_for_float16_alone(dtype, allowed):
     from audiomae_kernels.inspect import lint
     from audiomae_kernels.inspect.launches import Launch
 
-    row = dict.fromkeys(("spills", "local", "atomics", "narrow"), 0) | {"reduced": 4, "matrix": "HMMA"}
-    row |= {
-        "launch": "op",
-        "kernel": "k",
-        "function": "k",
-        "target": "sm_90",
-        "dtype": dtype,
-        "aligned": True,
-    }
+    row = CLEAN | {"reduced": 4, "dtype": dtype}
     assert (lint.violations(row, Launch("op", print)) == []) == allowed
+
+
+@pytest.mark.parametrize(
+    "loads, message",
+    [
+        ({"x": [128]}, None),
+        ({"x|y": [128], "y": [32]}, None),
+        ({"x|y": [16, 128]}, "its streaming operand x is accessed 16 bits at a time"),
+        ({"xy|y": [128]}, "no access of its streaming operand x was found"),
+        ({"x": [128], "?": [128]}, "some of its loads could not be followed back to an operand"),
+    ],
+)
+def test_accesses_that_may_be_of_several_operands_or_of_any(loads, message):
+    from audiomae_kernels.inspect import lint
+    from audiomae_kernels.inspect.launches import Launch
+
+    found = lint.violations(CLEAN | {"loads": loads}, Launch("op", print, {"k": {"x": 1}}))
+    assert [text.split(": ")[1] for text in found] == ([] if message is None else [message])
+
+
+def test_kernels_that_a_launch_names_have_to_be_found():
+    from audiomae_kernels.inspect import lint
+    from audiomae_kernels.inspect.launches import Launch
+
+    launches, jobs = [Launch("op", print, {"k": {"x": 64}}, {"product": 1})], [("sm_90", "bfloat16", True)]
+    (found,) = lint.missing([CLEAN], launches, jobs)
+    assert found.startswith("op | product | bfloat16 | aligned | sm_90: the launch names this kernel")
+    assert len(lint.missing([], launches, jobs)) == 2
+    assert len(lint.missing([CLEAN, CLEAN | {"function": "product"}], launches, jobs * 2)) == 0
+
+    report = {"op | k | bfloat16": {"programs": 1, "operands": {"x": 128}}}
+    (found,) = lint.traffic_violations(report, launches, ["bfloat16"])
+    assert found.startswith("op | product | bfloat16: the launch names this kernel")
+    assert len(lint.traffic_violations({}, launches, ["bfloat16", "float32"])) == 4
+
+
+def test_the_table_is_printed_where_the_interpreter_fails(monkeypatch, capsys):
+    from audiomae_kernels.inspect import __main__ as command
+    from audiomae_kernels.inspect import survey, traffic
+
+    row = CLEAN | {"launch": "patch_gather", "registers": 40, "shared": 0, "occupancy": 0.5, "warps": 4}
+    monkeypatch.setattr(survey, "compile_all", lambda *_: [row])
+
+    def measure(*_):
+        raise RuntimeError("The interpreter failed.")
+
+    monkeypatch.setattr(traffic, "measure", measure)
+    assert command.main(["--quick"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].startswith("| patch_gather | k | sm_90 | bfloat16 |")
+    assert "No bytes were counted, and no times are predicted. The interpreter failed." in printed.err
 
 
 def test_tables_label_predictions():

@@ -2,11 +2,18 @@
 
 import pytest
 import torch
-from audiomae_kernels import OPS
+from audiomae_kernels import OPS, _partials
 from budget import evaluate
 from functorch.compile import make_boxed_func
 from interpreter import needs_interpreter
-from kernel_cases import CASES, GRADIENTS
+from kernel_cases import (
+    CASES,
+    GRADIENTS,
+    info_nce_case,
+    patch_case,
+    unshuffle_case,
+    window_attention_case,
+)
 from torch._dynamo.backends.common import aot_autograd
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,6 +80,36 @@ def test_compile(op):
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
+
+
+FOR_B_CLIPS = {
+    "window_attention": lambda B: window_attention_case("", (4, 4), (2, 2), B=B, H=1),
+    "unshuffle": lambda B: unshuffle_case("", B, 2, 5, 4),
+    "masked_mse": lambda B: patch_case("masked_mse", "", 8, 8, (4, 4), K=3, B=B),
+    "info_nce": lambda B: info_nce_case("", B, 3, 4),
+}
+
+
+@pytest.mark.parametrize("op", FOR_B_CLIPS)
+def test_partial_sums_do_not_grow_with_the_batch(op, monkeypatch):
+    """One clip is fewer than the programs that step through the clips, 40 are more."""
+    shapes = {1: [], 40: []}
+    second_stage = _partials.sum_partials_kernel
+
+    class Recorder:
+        def __getitem__(self, grid):
+            def launch(partials, *args, **options):
+                assert partials.isfinite().all()
+                shapes[B].append(partials.shape)
+                return second_stage[grid](partials, *args, **options)
+
+            return launch
+
+    monkeypatch.setattr(_partials, "sum_partials_kernel", Recorder())
+    for B in shapes:
+        case = FOR_B_CLIPS[op](B)
+        evaluate(case.call("triton"), case.tensors(torch.float32), case.wrt())
+    assert shapes[1] == shapes[40] and shapes[1]
 
 
 def calls_of(op):

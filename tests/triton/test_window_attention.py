@@ -135,12 +135,25 @@ def test_error_budget_of_tau(dtype, H, shift):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_clip(dtype):
-    case = window_attention_case("", (6, 4), (2, 2), (0, 1), B=0)
-    results = evaluate(case.call("triton"), case.tensors(dtype), WRT)
-    assert results["output"].shape == (0, 24, 64) and results["output"].dtype == dtype
-    assert results["grad of qkv"].shape == (0, 24, 3, 4, 16)
-    assert (results["grad of tau"] == 0).all() and (results["grad of bias"] == 0).all()
+@pytest.mark.parametrize("grid, window, scoring", [((6, 4), (2, 2), "cosine"), ((7, 5), (4, 3), "dot")])
+def test_no_clip(dtype, grid, window, scoring):
+    case = window_attention_case("", grid, window, (0, 1), scoring, B=0)
+    results = evaluate(case.call("triton"), case.tensors(dtype), case.wrt())
+    assert results["output"].shape == (0, grid[0] * grid[1], 64) and results["output"].dtype == dtype
+    assert results["grad of qkv"].shape == (0, grid[0] * grid[1], 3, 4, 16)
+    for name in ("tau", "bias") if scoring == "cosine" else ("bias",):
+        assert (results[f"grad of {name}"] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_in_tau_is_nan_in_its_head(dtype):
+    case = window_attention_case("", (4, 4), (2, 2), H=3)
+    tensors = case.tensors(dtype)
+    tensors["tau"] = torch.tensor([0.5, float("nan"), 0.2])
+    actual, expected = (evaluate(case.call(impl), tensors, WRT) for impl in ("triton", "reference"))
+    for name, value in expected.items():
+        assert value.isnan().any(), name
+        assert torch.equal(actual[name].isnan(), value.isnan()), name
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 30])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from audiomae_kernels._library import wanted
 from audiomae_kernels._partials import PROGRAMS, sum_partials
-from audiomae_kernels._triton import device_of, tl, triton
+from audiomae_kernels._triton import device_of, multiprocessors, tl, triton
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def info_nce_triton(pred: Tensor, target: Tensor, *, over: str) -> tuple[Tensor,
         return pred.new_zeros((), dtype=torch.float32), lse
     x, y = (pred, target) if over == "target" else (target, pred)
     config = _config(pred, target, backward=False)
-    partials = pred.new_empty(min(B * triton.cdiv(M, config["BLOCK"]), PROGRAMS), dtype=torch.float32)
+    partials = pred.new_empty(PROGRAMS * multiprocessors(pred.device), dtype=torch.float32)
     loss = pred.new_empty((), dtype=torch.float32)
     with device_of(pred):
         info_nce_fwd_kernel[(partials.numel(),)](

@@ -33,10 +33,11 @@ def binaries_table(rows: list[dict]) -> str:
             ", ".join(f"{name} {'/'.join(map(str, widths))}" for name, widths in row[kind].items())
             for kind in ("loads", "stores")
         )
+        matrix = f"{row['products']} {row['matrix']}" if row["products"] else "-"
         lines.append(
             f"| {row['launch']} | {row['kernel']} | {row['target']} | {row['dtype']} "
             f"| {'aligned' if row['aligned'] else 'unaligned'} | {row['registers']} | {row['shared']} "
-            f"| {row['spills']} | {row['warps']} | {row['occupancy']:.0%} | {row['matrix'] or '-'} "
+            f"| {row['spills']} | {row['warps']} | {row['occupancy']:.0%} | {matrix} "
             f"| {loads} | {stores} |"
         )
     return "\n".join(lines)
@@ -104,9 +105,16 @@ def main(argv: list[str] | None = None) -> int:
     launches = lint.load_launches(args.launches, args.quick)
     by_name = {launch.name: launch for launch in launches}
     rows = survey.compile_all(args.launches, args.quick, jobs, args.processes)
-    report = traffic.measure(["bfloat16"] if args.quick else dtypes, args.launches, args.quick)
     found = [sentence for row in rows for sentence in lint.violations(row, by_name[row["launch"]])]
-    found += lint.traffic_violations(report, launches)
+    found += lint.missing(rows, launches, jobs)
+    counted = ["bfloat16"] if args.quick else dtypes
+    try:
+        report = traffic.measure(counted, args.launches, args.quick)
+    except RuntimeError as error:
+        report = {}
+        found.append(f"No bytes were counted, and no times are predicted. {error}")
+    else:
+        found += lint.traffic_violations(report, launches, counted)
     if args.write_baseline:
         lint.write_baseline(rows, args.write_baseline)
     if args.baseline:
@@ -114,7 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         args.json.write_text(json.dumps({"rows": rows, "traffic": report, "findings": found}, indent=1))
     else:
-        print(binaries_table(rows), traffic_table(report, launches, args.clips), sep="\n\n")
+        print(binaries_table(rows))
+        if report:
+            print("", traffic_table(report, launches, args.clips), sep="\n")
     for sentence in found:
         print(sentence, file=sys.stderr)
     return 1 if found else 0

@@ -29,7 +29,8 @@ class Binary:
     spills: int  # instructions (NVIDIA) or registers (AMD) that go to local memory
     local: int  # bytes of a thread's stack
     atomics: int
-    matrix: str  # the matrix instruction, or ""
+    matrix: str  # the most frequent matrix instruction, or ""
+    products: int  # matrix instructions of any shape
     reduced: int  # matrix instructions that round float32 operands to TF32
     narrow: int  # address computations that multiply a run-time argument in 32 bits
     loads: dict[str, list[int]] = field(default_factory=dict)  # operand -> widths in bits that occur
@@ -77,6 +78,7 @@ def _read_cubin(recorded: Recorded) -> Binary:
         local=resources["STACK"] + resources["LOCAL"],
         atomics=count(*_SASS_ATOMIC) - sum(opcodes[opcode] for opcode in _SASS_BITWISE),
         matrix=max(matrix, key=opcodes.__getitem__, default=""),
+        products=sum(opcodes[opcode] for opcode in matrix),
         reduced=sum(opcodes[opcode] for opcode in matrix if "TF32" in opcode),
         narrow=0,
         instructions=_sorted({op: n for op, n in opcodes.items() if op.split(".")[0] in kept}),
@@ -105,6 +107,7 @@ def _read_amdgcn(recorded: Recorded) -> Binary:
         local=metadata("private_segment_fixed_size"),
         atomics=sum(opcodes[opcode] for opcode in atomic),
         matrix=max(matrix, key=opcodes.__getitem__, default=""),
+        products=sum(opcodes[opcode] for opcode in matrix),
         reduced=sum(opcodes[opcode] for opcode in matrix if "xf32" in opcode),
         narrow=0,
         instructions=_sorted(opcodes),
@@ -229,7 +232,11 @@ def _llvm_bits(ty: str) -> int:
 
 
 def narrow_offsets(ttir: str) -> int:
-    """How many 32-bit products with a run-time argument (strides, sizes) an address is computed from."""
+    """How many 32-bit products with a run-time argument (strides, sizes) an address is computed from.
+
+    The argument has to be a factor itself, or a factor's splat. A factor computed from an argument is not
+    counted: ``i % cdiv(T, BLOCK) * BLOCK``, a tile's place in its clip, has one as well and stays small.
+    """
     sources, products, addresses, arguments = defaultdict(set), set(), set(), set()
     for line in ttir.splitlines():
         if "tt.func" in line:

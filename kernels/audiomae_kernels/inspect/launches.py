@@ -35,6 +35,11 @@ class Launch:
     slack: dict[str, float | None] = field(default_factory=dict)  # bytes moved over the fewest, if not 1.05
     quick: bool = True  # whether the quick selection has it
 
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the kernels that the call has to launch."""
+        return tuple(dict.fromkeys((*self.streams, *self.flops)))
+
     def allowed(self, kernel: str) -> float | None:
         """Bound on bytes moved over the fewest; None where the operands are read again from a cache."""
         return self.slack.get(kernel, 1.05)

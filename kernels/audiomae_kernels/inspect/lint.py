@@ -6,12 +6,13 @@ error of its own, but wants a look at the table before ``python -m audiomae_kern
 --write-baseline FILE``.
 
 TF32 has a rule of its own: none in float32, which promises IEEE products; allowed in float16, whose backward of
-window_attention multiplies float32 values up to 1e8 that float16 cannot hold (TF32 has float16's fraction and
-float32's range); none in bfloat16, which can hold them.
+window_attention multiplies float32 values up to 1e8 that float16 cannot hold (TF32 has float32's range, and
+float16's 10 bits of fraction, though truncated); none in bfloat16, which can hold them.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from importlib import import_module
@@ -24,7 +25,7 @@ from audiomae_kernels.inspect.launches import Launch
 # What the compiler does not do wider, in bits. AMD's stores the result of a matrix instruction as it lies in
 # the registers, four values in a row; the kernel is bound by its products.
 NARROWER = {("gfx942", "info_nce_bwd_kernel", "d_x"): 64}
-REVIEWED = ("registers", "shared", "matrix", "loads", "stores")
+REVIEWED = ("registers", "shared", "matrix", "products", "loads", "stores")
 
 
 def load_launches(module: str, quick: bool = False) -> tuple[Launch, ...]:
@@ -62,28 +63,53 @@ def violations(row: dict, launch: Launch) -> list[str]:
         found.append("its dots do not run on tensor cores")
     if row["dtype"] == "bfloat16" and row["aligned"]:
         for operand in launch.streams.get(row["function"], ()):
-            widths = row["loads"].get(operand, []) + row["stores"].get(operand, [])
+            widths = _widths(row, operand)
             least = NARROWER.get((row["target"], row["function"], operand), 128)
             if not widths:
                 found.append(f"no access of its streaming operand {operand} was found")
             elif min(widths) < least:
                 found.append(f"its streaming operand {operand} is accessed {min(widths)} bits at a time")
+    for kind in ("loads", "stores"):
+        if "?" in row[kind]:
+            found.append(f"some of its {kind} could not be followed back to an operand")
     return [f"{key(row)}: {sentence}" for sentence in found]
 
 
-def traffic_violations(report: dict[str, dict], launches: Iterable[Launch]) -> list[str]:
-    """Streaming operands of which more bytes move than must, a sentence each."""
+def _widths(row: dict, operand: str) -> list[int]:
+    """Of all accesses that may be of `operand`: "q|k" names either."""
+    accesses = [*row["loads"].items(), *row["stores"].items()]
+    return [width for names, widths in accesses if operand in names.split("|") for width in widths]
+
+
+def missing(rows: Iterable[dict], launches: Iterable[Launch], jobs: Iterable[tuple]) -> list[str]:
+    """Kernels that a launch names and that no binary is of, for each (target, dtype, aligned), a sentence each.
+
+    Without them a kernel under a new name would pass every rule.
+    """
+    seen = {tuple(row[name] for name in ("launch", "function", "target", "dtype", "aligned")) for row in rows}
+    return [
+        f"{launch.name} | {kernel} | {dtype} | {'aligned' if aligned else 'unaligned'} | {target}: "
+        "the launch names this kernel, and no binary of it was found"
+        for launch in launches
+        for kernel in launch.kernels
+        for target, dtype, aligned in jobs
+        if (launch.name, kernel, target, dtype, aligned) not in seen
+    ]
+
+
+def traffic_violations(
+    report: dict[str, dict], launches: Iterable[Launch], dtypes: Iterable[str]
+) -> list[str]:
+    """Streaming operands of which more bytes move than must, and kernels without a count, a sentence each."""
     found = []
-    for launch in launches:
-        for kernel, operands in launch.streams.items():
-            for name, entry in report.items():
-                if not name.startswith(f"{launch.name} | {kernel} | "):
-                    continue
-                ratio, allowed = (
-                    moved_over_fewest(entry, operands, name.split(" | ")[2]),
-                    launch.allowed(kernel),
-                )
-                if allowed is not None and ratio > allowed:
+    for launch, dtype in itertools.product(launches, dtypes):
+        for kernel in launch.kernels:
+            name = f"{launch.name} | {kernel} | {dtype}"
+            if name not in report:
+                found.append(f"{name}: the launch names this kernel, and none of its bytes were counted")
+            elif (allowed := launch.allowed(kernel)) is not None and kernel in launch.streams:
+                ratio = moved_over_fewest(report[name], launch.streams[kernel], dtype)
+                if ratio > allowed:
                     found.append(f"{name}: moves {ratio:.2f} times the fewest bytes, {allowed} is allowed")
     return found
 

@@ -23,12 +23,20 @@ CLIPS = 1
 
 
 def measure(dtypes: Sequence[str], launches: str, quick: bool = False) -> dict[str, dict]:
-    """``"launch | kernel | dtype"`` -> {"programs": ..., "operands": {name: bytes of a clip}}."""
+    """``"launch | kernel | dtype"`` -> {"programs": ..., "operands": {name: bytes of a clip}}.
+
+    Raises:
+        RuntimeError: the interpreter fails, as Triton 3.6's does at many loops with NumPy 2.4.
+    """
     command = [sys.executable, "-m", "audiomae_kernels.inspect.traffic", launches, str(int(quick)), *dtypes]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"Counting bytes in the interpreter failed:\n{done.stderr}")
+        reason = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
+        raise RuntimeError(
+            f"Triton's interpreter failed ({reason}); `TRITON_INTERPRET=1 python {' '.join(command[1:])}` "
+            "shows where."
+        )
     return json.loads(done.stdout)
 
 

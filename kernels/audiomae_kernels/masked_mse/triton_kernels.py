@@ -1,7 +1,8 @@
 """masked_mse in Triton: patches are read from the spectrogram and normalised on chip, and none is stored.
 
-Forward: at most `PROGRAMS` programs go through the tiles of masked tokens, each leaves one partial sum, and a
-second kernel adds these up. Backward: the same error again, times ``2 / (R * M * V)`` and the gradient.
+Forward: `PROGRAMS` programs a multiprocessor go through the tiles of masked tokens; each leaves one partial sum,
+0 if there is no tile for it, and a second kernel adds these up. Backward: the same error again, times
+``2 / (R * M * V)`` and the gradient.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from audiomae_kernels._partials import PROGRAMS, sum_partials
-from audiomae_kernels._triton import device_of, tl, triton
+from audiomae_kernels._triton import device_of, multiprocessors, tl, triton
 from audiomae_kernels.masked_mse.reference import EPS
 from audiomae_kernels.patch_gather.triton_kernels import patch_offsets
 
@@ -168,12 +169,12 @@ def masked_mse_triton(
     if pred.numel() == 0:
         return pred.new_zeros((), dtype=torch.float32)
     arguments = _arguments(pred, spectrogram, ids_masked, patch, stride, normalize)
-    rows, M, _ = pred.shape
-    tiles = rows * triton.cdiv(M, arguments["BLOCK_M"])
-    partials = pred.new_empty(min(tiles, PROGRAMS), dtype=torch.float32)
+    partials = pred.new_empty(PROGRAMS * multiprocessors(pred.device), dtype=torch.float32)
     loss = pred.new_empty((), dtype=torch.float32)
     with device_of(pred):
-        masked_mse_fwd_kernel[(partials.numel(),)](pred, spectrogram, ids_masked, partials, rows, **arguments)
+        masked_mse_fwd_kernel[(partials.numel(),)](
+            pred, spectrogram, ids_masked, partials, pred.shape[0], **arguments
+        )
         return sum_partials(partials, loss, 1 / pred.numel())
 
 

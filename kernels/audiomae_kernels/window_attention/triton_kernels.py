@@ -16,7 +16,7 @@ from torch import Tensor
 
 from audiomae_kernels import _library
 from audiomae_kernels._partials import sum_partials
-from audiomae_kernels._triton import device_of, is_hip, multiprocessors, tl, triton
+from audiomae_kernels._triton import device_of, is_hip, multiprocessors, targets_hip, tl, triton
 
 PROGRAMS = 6  # of the backward a multiprocessor: two rounds if it holds three at a time, three if two
 
@@ -77,7 +77,7 @@ def store_units(p_x, b_x, mask, W: tl.constexpr, HG: tl.constexpr):
 
 
 @triton.jit
-def dot(b_a, b_b, PRECISION: tl.constexpr = "ieee"):
+def dot(b_a, b_b, PRECISION: tl.constexpr):
     """Products of U pairs of matrices, in float32."""
     if b_a.shape[0] > 1:  # the warps share out the matrices
         b_c = tl.dot(b_a, b_b, input_precision=PRECISION)
@@ -89,13 +89,14 @@ def dot(b_a, b_b, PRECISION: tl.constexpr = "ieee"):
 
 @triton.jit
 def dot_wide(b_a, b_b):
-    """`dot` for a left side in float32 that float16 cannot hold: TF32 has the same fraction and the range.
+    """`dot` for a left side in float32 that float16 cannot hold: TF32 has float32's range.
 
+    Its fraction has 10 bits, as float16's, but what does not fit is cut off where float16 rounds to nearest.
     AMD's float32 products are exact; most of its GPUs have no TF32.
     """
     PRECISION: tl.constexpr = "ieee" if is_hip() else "tf32"
     WIDE: tl.constexpr = b_b.dtype == tl.float16
-    return dot(b_a, b_b.to(tl.float32), PRECISION) if WIDE else dot(b_a.to(b_b.dtype), b_b)
+    return dot(b_a, b_b.to(tl.float32), PRECISION) if WIDE else dot(b_a.to(b_b.dtype), b_b, "ieee")
 
 
 @triton.jit
@@ -124,6 +125,12 @@ def load_tau(tau_ptr, i_head, H: tl.constexpr, W: tl.constexpr, HG: tl.constexpr
 
 
 @triton.jit
+def clamp_tau(b_tau):
+    """At least 0.01; NaN stays NaN."""
+    return tl.maximum(b_tau, MIN_TAU, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def on_diagonal(b_x, NP: tl.constexpr):
     """(U, NP, NP), a row or a column of it, or a number: 0 off the diagonal."""
     o_place = tl.arange(0, NP)
@@ -137,7 +144,8 @@ def squared_norms(b_x, AXIS: tl.constexpr):
         b_x = b_x.to(tl.float32)
         b_square = tl.expand_dims(tl.sum(b_x * b_x, 2), AXIS)
     else:  # the diagonal of x x^T: tensor cores have the time, and the result has the layout of the scores
-        b_square = tl.sum(on_diagonal(dot(b_x, b_x.permute(0, 2, 1)), b_x.shape[1]), AXIS, keep_dims=True)
+        b_xx = dot(b_x, b_x.permute(0, 2, 1), "ieee")
+        b_square = tl.sum(on_diagonal(b_xx, b_x.shape[1]), AXIS, keep_dims=True)
     return b_square
 
 
@@ -237,12 +245,12 @@ def window_attention_fwd_kernel(
         b_k = load_units(p_q + stride_s, m_row & m_col, W, HG)
         if C == 1:  # asked for together with the others
             b_v = load_units(p_q + stride_s + stride_s, m_row & m_col, W, HG)
-        b_s += dot(b_q, b_k.permute(0, 2, 1))
+        b_s += dot(b_q, b_k.permute(0, 2, 1), "ieee")
         if COSINE:
             b_qq += squared_norms(b_q, 2)
             b_kk += squared_norms(b_k, 1)
     if COSINE:
-        b_tau = tl.maximum(load_tau(tau_ptr, i_head, H, W, HG), MIN_TAU)
+        b_tau = clamp_tau(load_tau(tau_ptr, i_head, H, W, HG))
         b_s *= tl.minimum(inverse_root(b_qq) * inverse_root(b_kk), 1 / MIN_NORM) * (1 / b_tau * LOG2_E)
     else:
         b_s *= D**-0.5 * LOG2_E
@@ -257,7 +265,7 @@ def window_attention_fwd_kernel(
         if C > 1:
             p_v = p_in + (o_head * stride_h + o_channel * stride_d) + stride_s + stride_s
             b_v = load_units(p_v, m_row & m_col, W, HG)
-        b_out = dot(b_p.to(b_v.dtype), b_v) * b_over
+        b_out = dot(b_p.to(b_v.dtype), b_v, "ieee") * b_over
         store_units(p_out + (o_head * D + o_channel), b_out, m_row & m_col, W, HG)
 
 
@@ -309,7 +317,7 @@ def window_attention_bwd_kernel(
         b_bias = load_bias(bias_ptr, i_head, H, N, NP, W, HG)
     if COSINE:
         b_tau = load_tau(tau_ptr, i_head, H, W, HG)
-        b_scale = 1 / tl.maximum(b_tau, MIN_TAU)
+        b_scale = 1 / clamp_tau(b_tau)
     else:
         b_scale = D**-0.5
     b_dtau = tl.zeros([U, NP, 1], tl.float32)
@@ -337,8 +345,8 @@ def window_attention_bwd_kernel(
             b_v = load_units(p_q + stride_s + stride_s, m_row & m_col, W, HG)
             p_do = p_grad + (o_head * grad_stride_h + o_channel * grad_stride_d)
             b_do = load_units(p_do, m_row & m_col, W, HG)
-            b_c += dot(b_q, b_k.permute(0, 2, 1))
-            b_ds += dot(b_do, b_v.permute(0, 2, 1))
+            b_c += dot(b_q, b_k.permute(0, 2, 1), "ieee")
+            b_ds += dot(b_do, b_v.permute(0, 2, 1), "ieee")
             if COSINE:
                 b_qq += squared_norms(b_q, 2)
                 b_kk += squared_norms(b_k, 1)
@@ -383,7 +391,7 @@ def window_attention_bwd_kernel(
                     p_do = p_grad + (o_head * grad_stride_h + o_channel * grad_stride_d)
                     b_do = load_units(p_do, m_row & m_col, W, HG)
                 p_dq = p_out + (o_head * D + o_channel)
-                b_dv = dot(b_p.to(b_do.dtype).permute(0, 2, 1), b_do)
+                b_dv = dot(b_p.to(b_do.dtype).permute(0, 2, 1), b_do, "ieee")
                 store_units(p_dq + 2 * H * D, b_dv, m_row & m_col, W, HG)
                 b_dq, b_dk = dot_wide(b_ds, b_k), dot_wide(b_ds.permute(0, 2, 1), b_q)
                 if COSINE:
@@ -426,13 +434,13 @@ def config(windows: int, N: int, H: int, D: int, dtype: torch.dtype, backward: b
         DC = 16
     elif NP > 16 or DC > 64 or backward:
         DC = min(DC, 32)
-    if backward and not is_hip():
+    if backward and not targets_hip():
         idle = D > DC and D % DC and NP == 16
         if dtype == torch.float16 or idle:  # float16 is widened for some products
             DC = 16
     C = triton.cdiv(D, DC)
     if NP > 16:  # one window and head; a wave of AMD's is two warps
-        num_warps = NP // 16 if is_hip() or (NP == 32 and dtype != torch.float32) else NP // 8
+        num_warps = NP // 16 if targets_hip() or (NP == 32 and dtype != torch.float32) else NP // 8
         return Config(NP, DC, C, W=1, HG=1, num_warps=num_warps)
     units = 4 if backward else min(8, 4096 // (NP * DC))  # for four warps
     lines = 128 // math.gcd(128, D * dtype.itemsize)  # heads that fill whole lines
