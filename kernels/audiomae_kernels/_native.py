@@ -53,6 +53,8 @@ def cpu_tiers() -> list[tuple[str, bool, str]]:
 
 def _load(library: Path, sources: Path) -> str:
     if not library.is_file():
+        if os.environ.get("AUDIOMAE_NATIVE_LIBRARY"):
+            return f"AUDIOMAE_NATIVE_LIBRARY={library} is not a file: name a native library, or unset it."
         return f"The native CPU library is not built: with CMake and a C++17 compiler at hand, {_REBUILD}."
     if (sources / "registration.cpp").is_file() and _stamp(library) != _digest(sources):
         return f"The native CPU library was built from other sources than {sources} holds now: {_REBUILD}."

@@ -16,14 +16,14 @@
 
 namespace audiomae {
 
-struct Rows {
+struct Side {
   const char* data;                // (B, M, V)
   int64_t clip_step, row_step;     // bytes
   bool bfloat16;                   // else float32
 };
 
 struct InfoNce {
-  Rows x, y;
+  Side x, y;
   int64_t length, values;          // M, V
   int64_t strips;                  // of a clip
   float* lse;                      // (B, M): written forward, read backward
@@ -126,13 +126,13 @@ __attribute__((noinline)) void multiply(const Strip& a, const Panels& panels, in
   }
 }
 
-inline const char* row_of(const Rows& rows, int64_t clip, int64_t row) {
+inline const char* row_of(const Side& rows, int64_t clip, int64_t row) {
   return rows.data + clip * rows.clip_step + row * rows.row_step;
 }
 
 // Asks for the share from / of .. to / of of rows [row, row + n), so that they arrive while something else is
 // computed.
-inline void ask_for(const InfoNce& e, const Rows& rows, int64_t clip, int64_t row, int64_t n, int64_t from,
+inline void ask_for(const InfoNce& e, const Side& rows, int64_t clip, int64_t row, int64_t n, int64_t from,
                     int64_t to, int64_t of) {
   constexpr int64_t kLine = 64;
   const int64_t bytes = e.values * (rows.bfloat16 ? 2 : 4);
@@ -144,7 +144,7 @@ inline void ask_for(const InfoNce& e, const Rows& rows, int64_t clip, int64_t ro
 
 // Words [first, first + n) of a row of `values` values; the second half of a last, odd pair is 0.
 template <bool kPairs>
-inline void read_words(const Rows& rows, int64_t clip, int64_t row, int64_t values, int64_t first, int64_t n,
+inline void read_words(const Side& rows, int64_t clip, int64_t row, int64_t values, int64_t first, int64_t n,
                        float* out) {
   const char* data = row_of(rows, clip, row) + first * (rows.bfloat16 && !kPairs ? 2 : 4);
   if (rows.bfloat16 && !kPairs) {
@@ -459,7 +459,7 @@ void check_inputs(const Tensor& pred, const Tensor& target, const std::string& o
         over, ".");
 }
 
-Rows rows_of(const Tensor& tensor) {
+Side rows_of(const Tensor& tensor) {
   const int64_t element = tensor.element_size();
   return {static_cast<const char*>(tensor.const_data_ptr()), tensor.stride(0) * element,
           tensor.stride(1) * element, is_bfloat16(tensor)};

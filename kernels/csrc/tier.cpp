@@ -74,11 +74,13 @@ std::vector<std::string> missing(Tier tier) {
       {Tier::avx512, (ebx7 & bit_AVX512BW) != 0, "avx512bw"},
       {Tier::avx512, (ebx7 & bit_AVX512DQ) != 0, "avx512dq"},
       {Tier::avx512, (ebx7 & bit_AVX512VL) != 0, "avx512vl"},
-      {Tier::avx512_bf16, (eax71 & bit_AVX512BF16) != 0, "avx512_bf16"},
+#ifdef AUDIOMAE_BF16_TIER
+      {Tier::avx512_bf16, (eax71 & (1u << 5)) != 0, "avx512_bf16"},
+#endif
       {Tier::avx512, (saved & zmm) == zmm, "512-bit registers saved by the operating system"},
 #ifdef AUDIOMAE_ASKS_FOR_TILES
-      {Tier::amx, (edx7 & bit_AMX_TILE) != 0, "amx_tile"},
-      {Tier::amx, (edx7 & bit_AMX_BF16) != 0, "amx_bf16"},
+      {Tier::amx, (edx7 & (1u << 24)) != 0, "amx_tile"},
+      {Tier::amx, (edx7 & (1u << 22)) != 0, "amx_bf16"},
       {Tier::amx, (saved & tiles) == tiles, "AMX tiles saved by the operating system"},
 #endif
   };

@@ -6,12 +6,18 @@
 // copy of such a function, and if that is the AVX-512 one, an older CPU dies in it.
 #pragma once
 
+#ifdef AUDIOMAE_BF16_TIER  // the compiler knows it
+#define AUDIOMAE_FOR_THE_BF16_TIER(X, ...) X(avx512_bf16, __VA_ARGS__)
+#else
+#define AUDIOMAE_FOR_THE_BF16_TIER(X, ...)
+#endif
+
 #ifdef AUDIOMAE_X86_TIERS
 #define AUDIOMAE_FOR_EACH_TIER(X, ...) \
   X(portable, __VA_ARGS__)             \
   X(avx2, __VA_ARGS__)                 \
   X(avx512, __VA_ARGS__)               \
-  X(avx512_bf16, __VA_ARGS__)
+  AUDIOMAE_FOR_THE_BF16_TIER(X, __VA_ARGS__)
 #else
 #define AUDIOMAE_FOR_EACH_TIER(X, ...) X(portable, __VA_ARGS__)
 #endif

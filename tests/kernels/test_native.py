@@ -208,6 +208,7 @@ for dtype in DTYPES:
             assert_same_bits(
                 gather(spectrogram, ids, patch, stride), gather_slow(spectrogram, ids, patch, stride)
             )
+test_patch_gather_threads()
 """,
     )
     assert out.strip() == f"['{tier}']"

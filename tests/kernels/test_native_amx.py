@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from audiomae_kernels import _native
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "kernels" / "csrc"
 BUILD = ROOT / "build" / "native"  # of setup.py
+CMAKE = shutil.which("cmake") or shutil.which("cmake", path=sysconfig.get_path("scripts"))
 TIERS = {name: reason for name, _, reason in _native.cpu_tiers()}
 
 pytestmark = pytest.mark.skipif("amx" not in TIERS, reason=_native.why_not() or "This build has no AMX tier.")
@@ -48,10 +50,10 @@ def run_in_the_amx_tier(code, **environment):
 @pytest.mark.skipif("lacks" in TIERS.get("avx512_bf16", "lacks"), reason="Needs AVX512_BF16.")
 def test_emulated():
     """The kernels of the tier with TDPBF16PS in C++."""
-    if not (BUILD / "CMakeCache.txt").exists() or not shutil.which("cmake"):
+    if not (BUILD / "CMakeCache.txt").exists() or CMAKE is None:
         pytest.skip("The library was not built here.")
     target = "audiomae_native_emulated"
-    command = ["cmake", "--build", BUILD, "--target", target]
+    command = [CMAKE, "--build", BUILD, "--target", target]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert run_in_the_amx_tier(CHECK, AUDIOMAE_NATIVE_LIBRARY=str(BUILD / f"lib{target}.so")) == "amx"

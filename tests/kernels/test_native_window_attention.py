@@ -95,6 +95,8 @@ print([name for name, chosen, _ in _native.cpu_tiers() if chosen])
 for case in SHAPES:
     for dtype in DTYPES:
         assert_case(case, dtype)
+for dtype in DTYPES:
+    test_threads(dtype)
 """
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
