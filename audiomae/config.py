@@ -20,6 +20,7 @@ DECODERS = ("window", "hybrid", "global", "none")
 POSITIONS = ("transposed", "grid", "flat", "learned")
 NORMS = ("pre", "post")
 INPUT_NORMS = ("none", "auto", "batch", "running")
+RECOMPUTE = ("none", "activations", "blocks")
 IMPLEMENTATIONS = (None, "reference", "native", "triton")
 
 
@@ -87,6 +88,9 @@ class EncoderConfig:
         impl: kernel implementation: None (the best there is), "reference", "native" or "triton".
         attention: who computes attention over all tokens, in the encoder and in global decoder blocks: "sdpa"
             (PyTorch), "flash_attn" or "xformers" (packages of their own, on GPUs only).
+        recompute: what the backward pass computes again to save memory: "none"; "activations", the outputs of
+            LayerNorm, GELU and window attention, so no product with weights; "blocks", everything but each
+            block's input (activation checkpointing: one more forward pass).
         frontend: how a waveform becomes this model's input.
     """
 
@@ -112,6 +116,7 @@ class EncoderConfig:
     drop_path: float = 0.0
     impl: str | None = None
     attention: str = "sdpa"
+    recompute: str = "activations"
     frontend: Frontend = field(default_factory=lambda: Frontend.named("audioset"))
 
     def __post_init__(self):
@@ -120,6 +125,7 @@ class EncoderConfig:
         _one_of("input_norm", self.input_norm, INPUT_NORMS)
         _one_of("impl", self.impl, IMPLEMENTATIONS)
         _one_of("attention", self.attention, tuple(BACKENDS))
+        _one_of("recompute", self.recompute, RECOMPUTE)
         _one_of("prefix_tokens", self.prefix_tokens, (0, 1, 2))
         for name in ("frames", "mel_bins", "width", "depth", "heads"):
             _check_count(name, getattr(self, name))

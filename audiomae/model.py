@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from audiomae_kernels import (
 )
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from .attention import Packed, attention, require_backend
 from .config import EncoderConfig, MAEConfig
@@ -135,6 +136,22 @@ class Positions(nn.Module):
 # -- blocks --------------------------------------------------------------------------------------------------
 
 
+def again(function: Callable, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """function(x), of which only x is kept: the backward pass computes again what it needs from between.
+
+    It stops at the last value that is needed, so a linear layer at the function's end is not computed again.
+    """
+    # Compilers choose for themselves what to compute again.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+
+
+def take(x: Tensor, ids: Tensor | None) -> Tensor:
+    """(R, L, D), (R, M) -> (R, M, D): the tokens with these ids, all of them for None."""
+    return x if ids is None else x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
+
+
 class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -142,7 +159,11 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.activate(self.fc1(x))
+
+    def activate(self, hidden: Tensor) -> Tensor:
+        """From fc1's output to the end."""
+        return self.fc2(F.gelu(hidden))
 
 
 class GlobalAttention(nn.Module):
@@ -157,10 +178,13 @@ class GlobalAttention(nn.Module):
 
     def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:
         """x (B, L, D), or (total, D) where `packed` says which tokens are whose."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # each (..., L, H, d)
+        return self.proj(self.mix(self.qkv(x), packed))
+
+    def mix(self, qkv: Tensor, packed: Packed | None = None) -> Tensor:
+        """(..., 3 * D) -> (..., D): the heads' outputs."""
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)  # each (..., L, H, d)
         dropout = self.dropout if self.training else 0.0
-        x = attention(q, k, v, packed=packed, dropout=dropout, backend=self.backend)
-        return self.proj(x.flatten(-2))
+        return attention(q, k, v, packed=packed, dropout=dropout, backend=self.backend).flatten(-2)
 
 
 class WindowAttention(nn.Module):
@@ -189,11 +213,17 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid, offsets: Tensor) -> Tensor:
         """x (B, L, D); offsets (N, N, 2) from `log_offsets`."""
-        bias = self.bias_mlp(offsets).permute(2, 0, 1)  # (H, N, N)
-        x = window_attention(
-            self.qkv(x), self.tau, bias, grid=grid, window=self.window, shift=self.shift, impl=self.impl
+        return self.proj(self.mix(self.qkv(x), grid, self.bias(offsets)))
+
+    def bias(self, offsets: Tensor) -> Tensor:
+        """(N, N, 2) -> (H, N, N)."""
+        return self.bias_mlp(offsets).permute(2, 0, 1)
+
+    def mix(self, qkv: Tensor, grid: Grid, bias: Tensor) -> Tensor:
+        """(B, L, 3 * D) -> (B, L, D): the heads' outputs."""
+        return window_attention(
+            qkv, self.tau, bias, grid=grid, window=self.window, shift=self.shift, impl=self.impl
         )
-        return self.proj(x)
 
 
 def log_offsets(window: Grid) -> Tensor:
@@ -237,32 +267,63 @@ class Block(nn.Module):
     """Attention and MLP, each with a LayerNorm and a skip connection.
 
     norm: "pre" x + f(norm(x)) (ViT), "post" norm(x + f(x)) (MAE-AST), "res-post" x + norm(f(x)) (window blocks).
+    recompute: see `EncoderConfig`.
     """
 
     def __init__(
-        self, attention: nn.Module, width: int, mlp_ratio: float, norm: str, eps: float, dropout: nn.Module
+        self,
+        attention: GlobalAttention | WindowAttention,
+        width: int,
+        mlp_ratio: float,
+        norm: str,
+        eps: float,
+        dropout: nn.Module,
+        recompute: str = "none",
     ):
         super().__init__()
-        self.order = norm
+        self.order, self.recompute = norm, recompute
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = attention
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, round(width * mlp_ratio))
         self.dropout = dropout
 
-    def forward(self, x: Tensor, *context: Grid | Tensor | Packed) -> Tensor:
-        """`context` is what the attention takes beside x."""
-        x = self._branch(x, self.norm1, self.attn, *context)
-        return self._branch(x, self.norm2, self.mlp)
+    def forward(self, x: Tensor, *context: Grid | Tensor | Packed, ids: Tensor | None = None) -> Tensor:
+        """(R, L, D) -> (R, L, D), or (R, M, D) for the tokens `ids` (R, M) only.
 
-    def _branch(
-        self, x: Tensor, norm: nn.Module, layer: nn.Module, *context: Grid | Tensor | Packed
-    ) -> Tensor:
+        `context` is what the attention takes beside x.
+        """
+        if self.recompute == "blocks" and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, *context, ids=ids, use_reentrant=False)
+        return self._forward(x, *context, ids=ids)
+
+    def _forward(self, x: Tensor, *context: Grid | Tensor | Packed, ids: Tensor | None) -> Tensor:
         if self.order == "pre":
-            return x + self.dropout(layer(norm(x), *context))
+            qkv = self._again(lambda x: self.attn.qkv(self.norm1(x)), x)
+            x = take(x, ids) + self.dropout(self._attend(qkv, *context, ids=ids))
+            hidden = self._again(lambda x: self.mlp.fc1(self.norm2(x)), x)
+            return x + self.dropout(self._again(self.mlp.activate, hidden))
+        y = self._attend(self.attn.qkv(x), *context, ids=ids)
         if self.order == "res-post":
-            return x + self.dropout(norm(layer(x, *context)))
-        return norm(x + self.dropout(layer(x, *context)))
+            x = take(x, ids) + self.dropout(self.norm1(y))
+            return x + self.dropout(self.norm2(self._again(self.mlp.activate, self.mlp.fc1(x))))
+        x, hidden = self._again(self._norm_and_expand, take(x, ids) + self.dropout(y))
+        return self.norm2(x + self.dropout(self._again(self.mlp.activate, hidden)))
+
+    def _attend(self, qkv: Tensor, *context: Grid | Tensor | Packed, ids: Tensor | None) -> Tensor:
+        """From the attention's qkv to its end, for the tokens `ids`."""
+        if not isinstance(self.attn, WindowAttention):
+            return self.attn.proj(take(self.attn.mix(qkv, *context), ids))
+        grid, offsets = context
+        bias = self.attn.bias(offsets)  # outside of what is computed again: it has dropout
+        return self._again(lambda qkv: self.attn.proj(take(self.attn.mix(qkv, grid, bias), ids)), qkv)
+
+    def _norm_and_expand(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.norm1(x)
+        return x, self.mlp.fc1(x)
+
+    def _again(self, function: Callable, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return again(function, x) if self.recompute == "activations" else function(x)
 
 
 def global_block(c: EncoderConfig, width: int, heads: int, drop_path: float = 0.0) -> Block:
@@ -270,7 +331,7 @@ def global_block(c: EncoderConfig, width: int, heads: int, drop_path: float = 0.
     if drop_path:
         dropout = nn.Sequential(dropout, DropPath(drop_path))
     layer = GlobalAttention(width, heads, c.attention_dropout, c.attention)
-    return Block(layer, width, c.mlp_ratio, c.norm, c.norm_eps, dropout)
+    return Block(layer, width, c.mlp_ratio, c.norm, c.norm_eps, dropout, c.recompute)
 
 
 class SpectrogramNorm(nn.BatchNorm2d):
@@ -410,7 +471,8 @@ class Decoder(nn.Module):
             c.bias_dropout,
             c.impl,
         )
-        return Block(attention, c.decoder_width, c.mlp_ratio, "res-post", c.norm_eps, nn.Dropout(c.dropout))
+        dropout = nn.Dropout(c.dropout)
+        return Block(attention, c.decoder_width, c.mlp_ratio, "res-post", c.norm_eps, dropout, c.recompute)
 
     def _window(self, grid: Grid) -> Grid:
         """A window no larger than the grid."""
@@ -436,11 +498,16 @@ class Decoder(nn.Module):
             tokens = torch.cat([x[:, :prefix] + prefix_positions, tokens], dim=1)
         x = self.input_norm(tokens)
         offsets = self._offsets(grid)
-        for block in self.blocks:
-            window = (grid, offsets) if isinstance(block.attn, WindowAttention) else ()
-            x = self.layer_drop(x, block(x, *window))
-        masked = (mask.ids_masked + prefix)[:, :, None].expand(-1, -1, x.shape[2])
-        return self.norm(x.gather(1, masked))
+        *inner, last = self.blocks
+        for block in inner:
+            x = self.layer_drop(x, block(x, *self._context(block, grid, offsets)))
+        masked = mask.ids_masked + prefix  # nobody reads the other tokens after the last attention
+        y = last(x, *self._context(last, grid, offsets), ids=masked)
+        return self.norm(self.layer_drop(take(x, masked), y))
+
+    @staticmethod
+    def _context(block: Block, grid: Grid, offsets: Tensor) -> tuple:
+        return (grid, offsets) if isinstance(block.attn, WindowAttention) else ()
 
 
 # -- models ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from bench import device, memory, models, registry, report, results
 from bench.__main__ import main
@@ -114,6 +115,20 @@ def test_saved_bytes_counts_storages_once_and_no_parameters():
 
     saved, _ = memory.saved_bytes(forward, [weight])
     assert saved == 3 * 4 * 8 * 4
+
+
+def test_saved_bytes_counts_what_a_checkpoint_holds():
+    weight = torch.nn.Parameter(torch.ones(8, 8))
+    x = torch.ones(4, 8)
+
+    def forward():
+        y = x @ weight.T  # saves x
+        return checkpoint(
+            lambda y: y.exp().sin().sum(), y, use_reentrant=False
+        )  # y alone: two are recomputed
+
+    saved, _ = memory.saved_bytes(forward, [weight])
+    assert saved == 2 * 4 * 8 * 4
 
 
 def test_peak_contains_weights_gradients_and_moments():
