@@ -116,10 +116,9 @@ def test_stale_library(tmp_path):
     )
 
 
-@pytest.mark.parametrize("content", [b"", b"not a library"])
-def test_library_that_does_not_load(tmp_path, content):
+def test_library_that_does_not_load(tmp_path):
     library = tmp_path / "libaudiomae_native.so"
-    library.write_bytes(content)
+    library.write_text(f"audiomae_native_stamp={'0' * 64};")
     why = _native._load(library, tmp_path / "no sources")
     assert re.fullmatch(
         r"The native CPU library does not load into torch .* \(.*\): run `make native` .*\.", why
