@@ -384,7 +384,7 @@ def window_attention_bwd_kernel(
             p_out = dqkv_ptr + (i_clip * T * F + o_token) * (3 * H * D)
             for i_chunk in tl.range(0, C, num_stages=1):
                 o_head, o_channel, m_col = channels(i_chunk, i_head, H, D, HG, DC)
-                if C > 1:  # again, now from the cache
+                if C > 1:  # again, a tile that it has just read
                     p_q = p_in + (o_head * stride_h + o_channel * stride_d)
                     b_q = load_units(p_q, m_row & m_col, W, HG)
                     b_k = load_units(p_q + stride_s, m_row & m_col, W, HG)
@@ -434,9 +434,9 @@ def config(windows: int, N: int, H: int, D: int, dtype: torch.dtype, backward: b
         DC = 16
     elif NP > 16 or DC > 64 or backward:
         DC = min(DC, 32)
-    if backward and not targets_hip():
+    if not targets_hip():
         idle = D > DC and D % DC and NP == 16
-        if dtype == torch.float16 or idle:  # float16 is widened for some products
+        if idle or (backward and dtype == torch.float16):  # float16 is widened for some products
             DC = 16
     C = triton.cdiv(D, DC)
     if NP > 16:  # one window and head; a wave of AMD's is two warps
