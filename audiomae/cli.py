@@ -150,8 +150,9 @@ def _doctor(options: argparse.Namespace) -> int:
         print(f"Ops on {device} (* serves float32)")
         for op in OPS:
             for served in implementations(op, device):
-                reason = "no native library, see above" if served.reason == no_native else served.reason
-                print(f"  {'*' if served.chosen else ' '} {op:<17} {served.name:<10} {reason or 'available'}")
+                state = served.reason or "available"
+                state = "no native library, see above" if state == no_native else state
+                print(f"  {'*' if served.chosen else ' '} {op:<17} {served.name:<10} {state}")
         print(f"Attention on {device}")
         for backend in BACKENDS:
             print(f"  {backend:<12} {why_not(backend, torch.device(device)) or 'available'}")

@@ -151,6 +151,7 @@ def test_doctor(run):
         served = [line for line in lines if op in line.split()]
         assert {"reference", "native", "triton"} <= {word for line in served for word in line.split()}
         assert sum(line.lstrip().startswith("*") for line in served) == 1 + torch.cuda.is_available()
+        assert all(line.endswith(" available") for line in served if line.lstrip().startswith("*"))
     for tier, chosen, _ in _native.cpu_tiers():
         assert any(line.split()[: 1 + chosen] == ["*"] * chosen + [tier] for line in lines if line.strip())
     if not _native.available():
