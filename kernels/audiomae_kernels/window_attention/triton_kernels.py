@@ -442,13 +442,22 @@ def config(windows: int, N: int, H: int, D: int, dtype: torch.dtype, backward: b
     if NP > 16:  # one window and head; a wave of AMD's is two warps
         num_warps = NP // 16 if targets_hip() or (NP == 32 and dtype != torch.float32) else NP // 8
         return Config(NP, DC, C, W=1, HG=1, num_warps=num_warps)
-    units = 4 if backward else min(8, 4096 // (NP * DC))  # for four warps
+    units = 4 if backward or dtype == torch.float32 else min(8, 4096 // (NP * DC))  # for four warps
     lines = 128 // math.gcd(128, D * dtype.itemsize)  # heads that fill whole lines
     HG = max(1, min(lines, triton.next_power_of_2(H), units))
     W = max(1, min(triton.next_power_of_2(windows), units // HG))
     if backward and C > 4 and dtype == torch.float32:
         W = 1
     return Config(NP, DC, C, W, HG, num_warps=max(1, W * HG * 4 // units))
+
+
+def register_limit(tile: Config, dtype: torch.dtype, backward: bool) -> dict[str, int]:
+    """Option for NVIDIA's assembler, which without it spills a few values to fit one more program."""
+    if not targets_hip() and dtype == torch.float32 and tile.NP == 16 and not backward:
+        return {"maxnreg": 128}
+    if not targets_hip() and dtype == torch.float16 and tile.NP > 16 and backward:
+        return {"maxnreg": 255}
+    return {}
 
 
 def refuses(qkv: Tensor, tau: Tensor | None, bias: Tensor | None, *, window, **_) -> str:
@@ -549,7 +558,8 @@ def _tiling(qkv: Tensor, grid, window, shift, backward: bool) -> tuple[dict, Con
         "ST": shift[0],
         "SF": shift[1],
     }
-    return {**constants, "PADDED": padded, **tile._asdict()}, tile, triton.cdiv(windows, tile.W)
+    limit = register_limit(tile, qkv.dtype, backward)
+    return {**constants, "PADDED": padded, **tile._asdict(), **limit}, tile, triton.cdiv(windows, tile.W)
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
