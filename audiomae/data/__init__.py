@@ -3,6 +3,7 @@
 from audiomae.data.audio import AudioError, decode, load_audio, load_batch, load_crop, recordings
 from audiomae.data.augment import Augment, spectrogram_noise
 from audiomae.data.dataset import Batch, ClipDataset, FailureLog, Sample, collate, make_loader
+from audiomae.data.pack import prepare
 from audiomae.data.sampler import ClipSampler
 from audiomae.data.sources import Clip, Source, open_source
 
@@ -23,6 +24,7 @@ __all__ = [
     "load_crop",
     "make_loader",
     "open_source",
+    "prepare",
     "recordings",
     "spectrogram_noise",
 ]
