@@ -1,4 +1,4 @@
-"""The command line: `audiomae doctor | prepare | embed | convert | verify`."""
+"""The command line: `audiomae doctor | prepare | pretrain | embed | convert | verify`."""
 
 from __future__ import annotations
 
@@ -28,9 +28,12 @@ from .upstream import load_upstream, position_layout, to_upstream
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; errors that a user can mend are printed as one sentence. Returns the exit status."""
-    options = _parser().parse_args(arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # pretrain parses its own options, of which configuration files are a part.
+    rest = arguments[1:] if arguments[:1] == ["pretrain"] else []
+    options = _parser().parse_args(arguments[: len(arguments) - len(rest)])
     try:
-        status = options.run(options)
+        status = options.run(rest if options.command == "pretrain" else options)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough; what is still buffered has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     add_prepare(commands)
+
+    pretrain = commands.add_parser("pretrain", add_help=False, help="a model from recordings, on one machine or many")
+    pretrain.set_defaults(run=_pretrain)
 
     embed = commands.add_parser(
         "embed",
@@ -190,6 +196,19 @@ def _why_no_gpu() -> str:
     except (RuntimeError, AssertionError) as error:
         return str(error).split("\n")[0]
     return "torch sees none"
+
+
+# -- pretrain ------------------------------------------------------------------------------------------------
+
+
+def _pretrain(arguments: Sequence[str]) -> None:
+    from .train.command import parse  # needs packages of the training extra
+
+    config = parse(arguments)
+    config.check()
+    from .train import pretrain
+
+    pretrain(config)
 
 
 # -- embed ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,541 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from ..config import list_models
+from ..create import create_model, load
+from ..data import Batch, ClipDataset, ClipSampler, FailureLog, collate, make_loader, open_source
+from ..masking import Mask
+from ..model import MaskedAutoencoder, SpectrogramModel
+from ..pretrained import build, check_weights
+from ..ssast import SSAST
+from .checkpoints import Checkpoint, Checkpoints, read_state, replace_file, replace_folder, write_state
+from .config import TrainConfig
+from .log import Log
+from .picture import draw_reconstruction, reconstruct
+from .processes import Processes, StopSignal, distribute, ignore_signals, synchronise
+
+STATE = "state.pt"
+
+#: Shortest crop, in samples, where a front end leaves the length free: MAE-AST's `min_sample_size`.
+MIN_SAMPLES = 32_000
+
+_OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+# What a random stream is for; crops and order are the data's.
+_MASKS, _VALIDATION_MASKS, _DROPOUT, _PICTURE = 3, 4, 5, 6
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the sentence says why, and what to do."""
+
+
+@dataclass
+class Plateau:
+    """SSAST's schedule (`ReduceLROnPlateau` with factor 0.5 and patience 2), of the validation loss."""
+
+    factor: float = 1.0
+    best: float = math.inf
+    bad: int = 0
+
+    def update(self, loss: float) -> None:
+        if loss < self.best * (1 - 1e-4):
+            self.best, self.bad = loss, 0
+        else:
+            self.bad += 1
+        if self.bad > 2:
+            self.factor, self.bad = self.factor / 2, 0
+
+
+def schedule(kind: str, step: int, total: int, warmup: int, lr: float, min_lr: float) -> float:
+    """Learning rate of a step, counted from 0: a line from 0 to `lr` over the warm-up, then what `kind` says."""
+    if step < warmup:
+        return lr * step / warmup
+    if kind in ("constant", "plateau"):
+        return lr
+    done = (step - warmup) / max(1, total - warmup)
+    share = 0.5 * (1 + math.cos(math.pi * done)) if kind == "cosine" else 1 - done
+    return min_lr + (lr - min_lr) * share
+
+
+def pretrain(config: TrainConfig) -> Path | None:
+    """Run or go on with a pre-training.
+
+    Returns:
+        The folder with the model; None if the run was asked to end before its last step, and has saved.
+
+    Raises:
+        ValueError: a setting, a source or a model is wrong.
+        OSError: the folder of the run cannot be written.
+        TrainingError: the loss is NaN or infinite.
+    """
+    config.check()
+    with StopSignal() as stop, Processes(config.device) as processes:
+        return Trainer(config, processes).train(stop)
+
+
+class Trainer:
+    """A run: everything that a checkpoint holds, and the loop around it.
+
+    Attributes:
+        model: as it was created; `wrapped` is what training calls (DDP or FSDP2 may be around it).
+        step: optimizer steps made.
+        total, warmup, lr: of the whole run.
+    """
+
+    def __init__(self, config: TrainConfig, processes: Processes):
+        config.check()
+        self.config, self.processes, self.device = config, processes, processes.device
+        self.checkpoints = Checkpoints(config.folder / "checkpoints", config.keep)
+        if not config.resume and next(self.checkpoints.complete(), None) is not None:
+            raise ValueError(
+                f"{config.out} holds a run already: go on with it with --resume, or choose another --out"
+            )
+        _seed(config.seed)  # the same weights in every process
+        self.model = _model(config)
+        self.frontend = self.model.config.frontend
+        self._open_data()
+        self.model.to(self.device).train()
+        self.wrapped = distribute(self.model, processes, config.fsdp)
+        self.optimizer = self._optimizer()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.plateau = Plateau()
+        self.step, self.saved = 0, None
+        self.total = config.total_steps(len(self.sampler))
+        self.warmup = config.warmup(len(self.sampler))
+        self.lr = config.learning_rate(processes.world_size)
+        self.failures = FailureLog()
+        self.val_loss: float | None = None
+        _seed(_entropy(config.seed, _DROPOUT, processes.rank))  # and different dropout
+
+    def _open_data(self) -> None:
+        c, processes = self.config, self.processes
+        ranks = {"batch_size": c.batch_size, "rank": processes.rank, "world_size": processes.world_size}
+        sources = [_unlabelled(spec) for spec in c.data]
+        dataset = ClipDataset(sources, self.frontend, augment=c.augment, seed=c.seed)
+        self.sampler = ClipSampler(sources, weights=c.data_weight or None, seed=c.seed, **ranks)
+        self.loader = self._loader(dataset, self.sampler)
+        self.val_loader, shown = None, sources
+        if c.val_data:
+            shown = [_unlabelled(spec) for spec in c.val_data]
+            dataset = ClipDataset(shown, self.frontend, random_crop=False, seed=c.seed)
+            self.val_loader = self._loader(
+                dataset, ClipSampler(shown, shuffle=False, drop_last=False, **ranks)
+            )
+        self.shown = ClipDataset(shown, self.frontend, random_crop=False, seed=c.seed)
+
+    def _loader(self, dataset: ClipDataset, sampler: ClipSampler) -> torch.utils.data.DataLoader:
+        loader = make_loader(dataset, sampler, self.config.workers, pin_memory=self.device.type == "cuda")
+        loader.worker_init_fn = ignore_signals
+        return loader
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        c = self.config
+        skip = self.model.no_weight_decay()
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for name, p in named if name not in skip], "weight_decay": c.weight_decay},
+            {"params": [p for name, p in named if name in skip], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        return _OPTIMIZERS[c.optimizer](groups, lr=0.0, betas=c.betas, eps=c.eps, fused=True)
+
+    # -- the loop --------------------------------------------------------------------------------------------
+
+    def train(self, stop: StopSignal) -> Path | None:
+        """To the last step, or to a signal; see :func:`pretrain`."""
+        c = self.config
+        self._together(self._prepare_folder)
+        if c.resume:
+            self._resume()
+        self.log = Log(c.folder, self.step, self.total, active=self.processes.first)
+        try:
+            self._announce()
+            finished = self._train(stop)
+            if finished:
+                self._finish()
+        finally:
+            self.log.close()
+        return c.folder / "model" if finished else None
+
+    def _train(self, stop: StopSignal) -> bool:
+        c = self.config
+        val_every, picture_every = c.val_every or c.save_every, c.picture_every
+        picture_every = c.save_every if picture_every is None else picture_every
+        batches = self._batches()
+        self._began = self._restart_interval()
+        while self.step < self.total:
+            consumed = self.sampler.state_dict()
+            micro = [next(batches) for _ in range(c.accumulate)]
+            if self.processes.any(stop.requested is not None):
+                if self.step != self.saved:
+                    self._save(consumed)
+                saved = "nothing to save" if self.saved is None else f"{self._path()} is complete"
+                self.log.say(f"asked to end ({stop.requested or 'another process'}) at step {self.step}: {saved}")
+                return False
+            self._step(micro)
+            self.step += 1
+            last = self.step == self.total
+            side = False
+            validates = self.val_loader is not None and (last or self.step % val_every == 0)
+            saves = last or self.step % c.save_every == 0
+            if saves or self.step % c.log_every == 0:
+                self._log_interval()
+            if validates:
+                side = True
+                self._validate()
+            if saves:
+                side = True
+                self._save(self.sampler.state_dict())
+            if picture_every and (last or self.step % picture_every == 0):
+                side = True
+                self._draw()
+            if side:
+                self._restart_interval()
+        return True
+
+    def _batches(self) -> Iterator[Batch]:
+        while True:
+            for batch in self.loader:
+                self.sampler.advance()
+                yield batch
+
+    def _step(self, micro: list[Batch]) -> None:
+        c = self.config
+        lr = self.lr * self.plateau.factor
+        lr = schedule(c.schedule, self.step, self.total, self.warmup, lr, c.min_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for i, batch in enumerate(micro):
+            self.failures.add(batch.failures)
+            spectrogram = self._spectrogram(batch)
+            mask = self._mask(spectrogram, _MASKS, self.step, i)
+            # Equal micro-batches on all processes: the mean of their means is the joined batch's.
+            with synchronise(self.wrapped, last=i == len(micro) - 1):
+                with self._autocast():
+                    out = self.wrapped(spectrogram, mask)
+                self.scaler.scale(out.loss / len(micro)).backward()
+            for name, value in {"loss": out.loss, **out.losses}.items():
+                value = value.detach().double()
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._clips += len(batch)
+        self.scaler.unscale_(self.optimizer)
+        self._norm = self._gradient_norm()
+        if c.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), c.clip_grad, self._norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _gradient_norm(self) -> Tensor:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def _spectrogram(self, batch: Batch, random_start: bool = True) -> Tensor:
+        """(B, T, F) on the device."""
+        waveform, lengths = batch.waveform.to(self.device, non_blocking=True), batch.lengths
+        if self.frontend.frames is None:
+            waveform, lengths = _cut_to_shortest(waveform, lengths, batch.seeds if random_start else None)
+        return self.frontend(waveform, lengths)
+
+    def _mask(self, spectrogram: Tensor, *stream: int) -> Mask | tuple[Mask, ...]:
+        """This process's rows of the masks of all processes: they do not depend on how many there are."""
+        clips, ranks = len(spectrogram), self.processes.world_size
+        generator = torch.Generator(self.device).manual_seed(_entropy(self.config.seed, *stream))
+        rows = slice(self.processes.rank * clips, (self.processes.rank + 1) * clips)
+
+        def draw() -> Mask:
+            mask = self.model.draw_mask(clips * ranks, spectrogram.shape[1], generator, self.device)
+            return Mask(mask.ids_keep[rows], mask.ids_masked[rows], mask.num_tokens)
+
+        passes = getattr(self.model.config, "passes", 1)
+        return draw() if passes == 1 else tuple(draw() for _ in range(passes))
+
+    def _autocast(self) -> AbstractContextManager:
+        dtype = _DTYPES.get(self.config.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    # -- what it tells ---------------------------------------------------------------------------------------
+
+    def _announce(self) -> None:
+        c, ranks = self.config, self.processes.world_size
+        count = sum(p.numel() for p in self.model.parameters()) / 1e6
+        start = f"from step {self.step} " if self.step else ""
+        how = "" if ranks == 1 else f" in {ranks} processes ({'FSDP2' if c.fsdp else 'DDP'})"
+        self.log.say(
+            f"{c.model}, {count:.1f} M parameters, {sum(self.sampler.sizes)} clips, {start}to step {self.total}, "
+            f"{c.batch_size * c.accumulate * ranks} clips per step, on {self.device}, {c.precision}{how}"
+        )
+        if self.processes.first and c.picture_every != 0 and find_spec("matplotlib") is None:
+            self.log.say("no pictures: matplotlib is not installed")
+
+    def _restart_interval(self) -> float:
+        self._sums: dict[str, Tensor] = {}
+        self._clips, self._first = 0, self.step
+        self._mark = time.perf_counter()
+        return self._mark
+
+    def _log_interval(self) -> None:
+        """One line about the steps since the last one. The only place in a step that waits for the device."""
+        steps = self.step - self._first
+        names = list(self._sums)
+        values = torch.stack([self._sums[name] for name in names]) / (steps * self.config.accumulate)
+        extra = torch.tensor([self._clips, self.failures.total], dtype=values.dtype, device=values.device)
+        summed = self.processes.sum(torch.cat([values, extra])).tolist()
+        losses = {n: v / self.processes.world_size for n, v in zip(names, summed, strict=False)}
+        norm = self._norm.item()
+        lr = self.optimizer.param_groups[0]["lr"]
+        speed = summed[-2] / (time.perf_counter() - self._mark)
+        finite = all(math.isfinite(loss) for loss in losses.values())
+        self.log.metrics(
+            self.step,
+            epoch=self.sampler.epoch,
+            lr=lr,
+            **losses,
+            grad_norm=norm,
+            clips_per_second=speed,
+            failures=int(summed[-1]),
+            seconds=time.perf_counter() - self._began,
+            **({"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}),
+        )
+        self.log.progress(self.step, losses["loss"], lr, speed)
+        # A loss scale that was too high gives infinite gradients, which the scaler has left out.
+        if not finite or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            what = f"the loss is {losses['loss']}" if not finite else f"the gradient norm is {norm}"
+            saved = "nothing was saved yet" if self.saved is None else f"{self._path()} is the last checkpoint"
+            raise TrainingError(
+                f"{what} in steps {self._first + 1} to {self.step}; {saved}. Lower the learning rate ({lr:.3g} "
+                "here), lengthen the warm-up, clip gradients (--clip-grad), or use --precision bf16 in place of fp16"
+            )
+        self.train_loss = losses["loss"]
+        self._restart_interval()
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        self.model.eval()
+        total: dict[str, Tensor] = {}
+        clips = 0
+        for number, batch in enumerate(self.val_loader):
+            self.failures.add(batch.failures)
+            spectrogram = self._spectrogram(batch, random_start=False)
+            mask = self._mask(spectrogram, _VALIDATION_MASKS, number)
+            with self._autocast():
+                out = self.model(spectrogram, mask)
+            for name, value in {"loss": out.loss, **out.losses}.items():
+                total[name] = total.get(name, 0.0) + value.double() * len(batch)
+            clips += len(batch)
+        self.model.train()
+        values = torch.stack(list(total.values()))
+        values = self.processes.sum(torch.cat([values, values.new_tensor([clips])])).tolist()
+        losses = {f"val_{name}": value / values[-1] for name, value in zip(total, values, strict=False)}
+        self.val_loss = losses["val_loss"]
+        self.plateau.update(self.val_loss)
+        self.log.metrics(self.step, **losses)
+        self.log.say(f"step {self.step}: validation loss {self.val_loss:.4f}")
+
+    def _draw(self) -> None:
+        """A picture of what the model makes of the first clips. Under FSDP2 every process takes part."""
+        if not self.model.config.reconstruction_weight or not (self.config.fsdp or self.processes.first):
+            return
+        if self.processes.first and find_spec("matplotlib") is None and not self.config.fsdp:
+            return
+        batch = collate([self.shown[0, i] for i in range(min(3, len(self.shown)))])
+        spectrogram = self._spectrogram(batch, random_start=False)
+        generator = torch.Generator(self.device).manual_seed(_entropy(self.config.seed, _PICTURE))
+        mask = self.model.draw_mask(len(spectrogram), spectrogram.shape[1], generator, self.device)
+        self.model.eval()
+        with self._autocast():
+            images = reconstruct(self.model, spectrogram, mask)
+        self.model.train()
+        if self.processes.first and find_spec("matplotlib") is not None:
+            folder = self.config.folder / "pictures"
+            folder.mkdir(exist_ok=True)
+            draw_reconstruction(folder / f"step-{self.step:08d}.png", *images, title=f"step {self.step}")
+
+    # -- what it keeps ---------------------------------------------------------------------------------------
+
+    def _together(self, function: Any, everywhere: bool = False) -> None:
+        """Call it in the first process, or in all; what goes wrong in one is raised in all."""
+        error = None
+        if everywhere or self.processes.first:
+            try:
+                with self.checkpoints.explained(self.step):
+                    function()
+            except (Exception, CheckpointException) as caught:
+                error = caught
+        self.processes.agree(error)
+
+    def _path(self) -> Path:
+        return self.checkpoints.folder / f"step-{self.saved:08d}"
+
+    def _save(self, consumed: dict[str, Any]) -> None:
+        """A checkpoint of this step; `consumed` is the sampler's state."""
+        state = {
+            "step": self.step,
+            "sampler": consumed,
+            "scaler": self.scaler.state_dict(),
+            "plateau": vars(self.plateau),
+            "random": self.processes.gather(_random_state(self.device)),
+            "fsdp": self.config.fsdp,
+        }
+        partial = self.checkpoints.partial(self.step)
+        self._together(lambda: self.checkpoints.begin(self.step))
+        if self.config.fsdp:
+            model, optimizer = get_state_dict(self.model, self.optimizer)
+            sharded = {"model": model, "optimizer": optimizer}
+            self._together(lambda: dcp.save(sharded, checkpoint_id=partial), everywhere=True)
+        else:
+            state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+        def finish() -> None:
+            write_state(partial / STATE, state)
+            self.checkpoints.finish(self.step, self.train_loss if self.val_loader is None else self.val_loss)
+
+        self._together(finish)
+        self.saved = self.step
+
+    def _resume(self) -> None:
+        """Go on where the newest complete checkpoint was taken, if there is one."""
+        found = self.checkpoints.latest() if self.processes.first else None
+        found = self.processes.gather(found)[0]
+        if found is None:
+            return
+        state = read_state(found.path / STATE)
+        if state["fsdp"] != self.config.fsdp:
+            one, other = ("with", "leave it out") if not state["fsdp"] else ("without", "add it")
+            raise ValueError(f"{found.path} was not written {one} --fsdp: {other}, or choose another --out")
+        self._load_weights(found, state)
+        self.sampler.load_state_dict(state["sampler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.plateau = Plateau(**state["plateau"])
+        self.step = self.saved = state["step"]
+        if len(state["random"]) == self.processes.world_size:  # with another number dropout starts anew
+            _set_random_state(state["random"][self.processes.rank], self.device)
+
+    def _load_weights(self, found: Checkpoint, state: dict[str, Any]) -> None:
+        if self.config.fsdp:
+            model, optimizer = get_state_dict(self.model, self.optimizer)
+            sharded = {"model": model, "optimizer": optimizer}
+            dcp.load(sharded, checkpoint_id=found.path)
+            set_state_dict(
+                self.model,
+                self.optimizer,
+                model_state_dict=sharded["model"],
+                optim_state_dict=sharded["optimizer"],
+            )
+            return
+        check_weights(self.model, state["model"], found.path)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _prepare_folder(self) -> None:
+        """Makes the folder of the run and writes its configuration, or says why it cannot."""
+        c = self.config
+        path = c.folder / "config.yaml"
+        settings = c.to_dict() | {"resume": False}
+        try:
+            c.folder.mkdir(parents=True, exist_ok=True)
+            replace_file(path, yaml.safe_dump(settings, sort_keys=False))
+        except OSError as error:
+            raise ValueError(f"--out {c.out} cannot be written: {error.strerror}; choose another folder") from error
+
+    def _finish(self) -> None:
+        """Write the model for others to load."""
+        model = self.model
+        if self.config.fsdp:
+            state = get_model_state_dict(
+                model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+            )
+            if self.processes.first:
+                model = build(model.config)
+                model.load_state_dict(state)
+        folder = self.config.folder / "model"
+        self._together(lambda: replace_folder(folder, model.save_pretrained))
+        self.log.say(f"wrote {folder}")
+
+
+def _model(config: TrainConfig) -> SpectrogramModel:
+    make = create_model if config.model in list_models() else load
+    model = make(config.model, **config.model_overrides)
+    c = model.config
+    if not isinstance(model, (MaskedAutoencoder, SSAST)) or getattr(c, "decoder", None) == "none":
+        raise ValueError(f"{config.model} is a {type(model).__name__} without a decoder or heads to pre-train")
+    if config.mean is not None:
+        c.frontend = replace(c.frontend, mean=config.mean, std=config.std)
+    return model
+
+
+def _unlabelled(spec: str) -> Any:
+    """A source; sources with different label names may be joined, since labels are not used."""
+    source = open_source(spec)
+    source.label_names = ()
+    return source
+
+
+def _cut_to_shortest(waveform: Tensor, lengths: Tensor, seeds: Tensor | None) -> tuple[Tensor, Tensor]:
+    """MAE-AST's batches: all clips cut to the length of the shortest, from a random place where there are seeds.
+
+    No shorter than `MIN_SAMPLES`: clips below it are filled up with zeros, where the published code leaves them out.
+    """
+    size = max(MIN_SAMPLES, int(lengths.min()))
+    if waveform.shape[1] < size:
+        waveform = torch.nn.functional.pad(waveform, (0, size - waveform.shape[1]))
+    free = (lengths - size).clamp(min=0)
+    starts = torch.zeros_like(lengths) if seeds is None else seeds % (free + 1)
+    places = starts[:, None].to(waveform.device, non_blocking=True) + torch.arange(size, device=waveform.device)
+    return waveform.gather(1, places), lengths.clamp(max=size)
+
+
+def _entropy(*numbers: int) -> int:
+    """A seed for each tuple of numbers, the same everywhere."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    """Every global random stream, as tensors and plain values."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    name, keys, *rest = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
