@@ -202,13 +202,15 @@ def _why_no_gpu() -> str:
 
 
 def _pretrain(arguments: Sequence[str]) -> None:
-    from .train.command import parse  # needs packages of the training extra
-
-    config = parse(arguments)
-    config.check()
-    from .train import pretrain
-
-    pretrain(config)
+    try:
+        from .train import pretrain
+        from .train.command import parse
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"pre-training needs the package {error.name}: install audiomae with its training extra, "
+            "pip install 'audiomae[train]'"
+        ) from error
+    pretrain(parse(arguments))
 
 
 # -- embed ---------------------------------------------------------------------------------------------------

@@ -93,12 +93,12 @@ class Checkpoints:
             final = self._path(step)
             shutil.rmtree(self.partial(step), ignore_errors=True)  # the space may be needed
             cause = _os_error(error)
-            if cause is None:
+            if cause is None and not isinstance(error, CheckpointException):
                 raise
             last = next(self.complete(), None)
             rest = "there is no earlier one" if last is None else f"the last complete one is {last.path}"
             raise OSError(
-                f"the checkpoint {final} could not be written: {cause.strerror or cause}; {rest}. Make room or choose "
+                f"the checkpoint {final} could not be written: {getattr(cause, 'strerror', None) or cause or error}; {rest}. Make room or choose "
                 "another folder, then go on with --resume"
             ) from error
 

@@ -10,6 +10,9 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+import jsonargparse
+import yaml
+
 from .config import EITHER, RECIPES, TrainConfig, option, recipe
 
 _DESCRIPTION = (
@@ -38,18 +41,8 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     """The configuration that a command line describes. Ends the program on --help, --print-config and mistakes.
 
     Raises:
-        ImportError: jsonargparse is not installed.
         ValueError: an unknown recipe.
     """
-    try:
-        import jsonargparse
-        import yaml
-    except ImportError as error:
-        raise ImportError(
-            f"pre-training needs the package {error.name}: install audiomae with its training extra, "
-            "pip install 'audiomae[train]'"
-        ) from error
-
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--recipe")
     first.add_argument("--config", action="append", default=[])

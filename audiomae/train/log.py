@@ -49,8 +49,11 @@ class Log:
             return
         # NaN is no JSON.
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **plain}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **plain}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"{self._file.name} cannot be written: {error.strerror}; go on with --resume") from error
         if self._board is not None:
             for name, value in values.items():
                 if not isinstance(value, str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -378,14 +378,13 @@ class Trainer:
 
     # -- what it keeps ---------------------------------------------------------------------------------------
 
-    def _together(self, function: Any, everywhere: bool = False) -> None:
+    def _together(self, function: Callable[[], object], everywhere: bool = False) -> None:
         """Call it in the first process, or in all; what goes wrong in one is raised in all."""
         error = None
         if everywhere or self.processes.first:
             try:
-                with self.checkpoints.explained(self.step):
-                    function()
-            except (Exception, CheckpointException) as caught:
+                function()
+            except Exception as caught:
                 error = caught
         self.processes.agree(error)
 
@@ -402,20 +401,25 @@ class Trainer:
             "random": self.processes.gather(_random_state(self.device)),
             "fsdp": self.config.fsdp,
         }
-        partial = self.checkpoints.partial(self.step)
-        self._together(lambda: self.checkpoints.begin(self.step))
+        folder, partial = self.checkpoints, self.checkpoints.partial(self.step)
+
+        def explained(function: Callable, *arguments: Any, **keywords: Any) -> Callable[[], None]:
+            def call() -> None:
+                with folder.explained(self.step):
+                    function(*arguments, **keywords)
+
+            return call
+
+        self._together(explained(folder.begin, self.step))
         if self.config.fsdp:
             model, optimizer = get_state_dict(self.model, self.optimizer)
             sharded = {"model": model, "optimizer": optimizer}
-            self._together(lambda: dcp.save(sharded, checkpoint_id=partial), everywhere=True)
+            self._together(explained(dcp.save, sharded, checkpoint_id=partial), everywhere=True)
         else:
             state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-        def finish() -> None:
-            write_state(partial / STATE, state)
-            self.checkpoints.finish(self.step, self.train_loss if self.val_loader is None else self.val_loss)
-
-        self._together(finish)
+        metric = self.train_loss if self.val_loader is None else self.val_loss
+        self._together(explained(write_state, partial / STATE, state))
+        self._together(explained(folder.finish, self.step, metric))
         self.saved = self.step
 
     def _resume(self) -> None:
@@ -474,7 +478,14 @@ class Trainer:
                 model = build(model.config)
                 model.load_state_dict(state)
         folder = self.config.folder / "model"
-        self._together(lambda: replace_folder(folder, model.save_pretrained))
+
+        def write() -> None:
+            try:
+                replace_folder(folder, model.save_pretrained)
+            except (OSError, SafetensorError) as error:
+                raise OSError(f"{folder} could not be written: {error}; {self._path()} is complete") from error
+
+        self._together(write)
         self.log.say(f"wrote {folder}")
 
 

@@ -1,0 +1,333 @@
+"""A run that was stopped, killed, or could not write: it goes on as if nothing had been."""
+
+import errno
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from pretraining import assert_same_bits, leaves, make_clips, start, state_of, tiny
+
+import audiomae
+from audiomae.train import Checkpoints, Trainer, TrainingError, pretrain
+from audiomae.train import checkpoints as checkpoints_module
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return make_clips(tmp_path_factory.mktemp("clips") / "audio")
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """Sends this process a signal in the middle of a step."""
+
+    def signalled(step, number):
+        whole = Trainer._step
+
+        def interrupted(self, micro):
+            if self.step == step:
+                os.kill(os.getpid(), number)
+            whole(self, micro)
+
+        monkeypatch.setattr(Trainer, "_step", interrupted)
+
+    yield signalled
+    monkeypatch.undo()
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return {line["step"]: line["loss"] for line in metrics(out) if "loss" in line}
+
+
+CASES = {
+    "audiomae": {"model": "audiomae_small"},
+    "audiomae-bf16": {"model": "audiomae_small", "precision": "bf16"},
+    "audiomae-fp16": {"model": "audiomae_small", "precision": "fp16"},
+    "mae_ast": {"model": "mae_ast_patch_base", "clip_grad": 1.0, "batch_size": 1, "steps": 7},
+    "ssast": {"model": "ssast_patch_tiny", "optimizer": "adam", "schedule": "plateau", "val_every": 2},
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("case", CASES)
+def test_stopped_and_resumed_equals_not_stopped(clips, tmp_path, signalled, capsys, case, number):
+    """Weights, optimizer, schedule, random streams and the sampler's position; stopped inside an epoch."""
+    if number == signal.SIGUSR1 and case != "audiomae":
+        pytest.skip("one is enough")
+    settings = dict(CASES[case])
+    if settings.get("schedule") == "plateau":
+        settings["val_data"] = [str(clips)]
+    whole = tiny(clips, tmp_path / "whole", **settings)
+    assert pretrain(whole) == tmp_path / "whole" / "model"
+    parts = tiny(clips, tmp_path / "parts", **settings, resume=True)
+    signalled(4, number)
+    assert pretrain(parts) is None
+    assert f"asked to end ({number.name}) at step 5" in capsys.readouterr().out
+    assert signal.getsignal(number) is signal.SIG_DFL
+    assert Checkpoints(tmp_path / "parts" / "checkpoints").latest().step == 5
+    signalled(-1, number)
+    assert pretrain(parts) == tmp_path / "parts" / "model"
+    found, expected = state_of(parts.out, parts.steps), state_of(whole.out, whole.steps)
+    assert any(tensor.abs().sum() > 0 for name, tensor in leaves(expected["optimizer"]) if "exp_avg" in name)
+    assert_same_bits(found, expected)
+    assert losses(parts.out) == losses(whole.out) and len(losses(whole.out)) == whole.steps
+    assert len(set(losses(whole.out).values())) == whole.steps
+    models = [audiomae.load(Path(out) / "model").state_dict() for out in (parts.out, whole.out)]
+    assert_same_bits(*models)
+
+
+def killed(config, moments, seed):
+    """Kill -9 at random moments and go on; the checkpoints are looked at each time."""
+    generator = random.Random(seed)
+    folder, path = Checkpoints(Path(config.out) / "checkpoints"), Path(config.out) / "metrics.jsonl"
+    for moment in range(moments):
+        began = folder.latest()
+        reach = (began.step if began else 0) + generator.randint(1, 2 * config.save_every)
+        process = start(config)
+        while process.is_alive() and (not path.exists() or f'"step": {reach},' not in path.read_text()):
+            time.sleep(0.002)
+        time.sleep(generator.random() * 0.05)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, f"moment {moment}"
+        made = max((json.loads(line)["step"] for line in path.read_text().splitlines()[:-1]), default=0)
+        assert all(checkpoint.damage() is None for checkpoint in folder.complete())
+        saved = folder.latest()
+        assert made - (saved.step if saved else 0) <= config.save_every
+        if saved:
+            assert state_of(config.out, saved.step)["step"] == saved.step
+    process = start(config)
+    process.join(120)
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("moments", [5, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(clips, tmp_path, moments):
+    settings = {"steps": 12 * moments, "save_every": 4, "accumulate": 1}
+    config = tiny(clips, tmp_path / "killed", **settings, resume=True)
+    killed(config, moments, seed=moments)
+    whole = tiny(clips, tmp_path / "whole", **settings)
+    pretrain(whole)
+    assert_same_bits(state_of(config.out, config.steps), state_of(whole.out, whole.steps))
+    assert losses(config.out) == losses(whole.out)
+    names = [path.name for path in (tmp_path / "killed").rglob("*")]
+    assert not [name for name in names if name.endswith((".partial", ".removed"))]
+
+
+def test_command_and_a_signal_to_the_whole_group(clips, tmp_path):
+    """As schedulers do it: workers that decode get the signal too."""
+    settings = json.dumps(tiny(clips, "x").model_overrides)
+    command = [sys.executable, "-m", "audiomae", "pretrain", "--data", clips, "--model", "audiomae_small"]
+    command += ["--model-overrides", settings, "--steps", "100000", "--batch-size", "2", "--workers", "2"]
+    command += ["--log-every", "1", "--out", tmp_path / "run", "--picture-every", "0"]
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    path = tmp_path / "run" / "metrics.jsonl"
+    limit = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < limit and not (path.exists() and path.read_text()):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert "asked to end (SIGTERM)" in out and "Traceback" not in out
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest().step >= 1
+    assert not (tmp_path / "run" / "model").exists()
+
+
+# -- what cannot be written ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def small_disk(folder, options):
+    """A file system of its own in memory."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk(clips, tmp_path):
+    with small_disk(tmp_path / "disk", "size=2m") as disk:
+        config = tiny(clips, disk / "run", overrides={"width": 64})
+        with pytest.raises(OSError, match=r"No space left on device; the last complete one is .*step-00000003"):
+            pretrain(config)
+        last = Checkpoints(disk / "run" / "checkpoints").latest()
+        assert last.step == 3 and last.damage() is None
+        names = [path.name for path in (disk / "run" / "checkpoints").iterdir()]
+        assert names == ["step-00000003"]
+
+
+def test_a_folder_that_becomes_read_only(clips, tmp_path, monkeypatch):
+    with small_disk(tmp_path / "disk", "size=20m") as disk:
+        config, whole = tiny(clips, disk / "run"), Trainer._step
+
+        def read_only(self, micro):
+            if self.step == 5:  # lines of metrics stay possible: their file is open
+                self.log.close()
+                self.log.active, self.log._file, self.log._board = False, None, None
+                subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+            whole(self, micro)
+
+        monkeypatch.setattr(Trainer, "_step", read_only)
+        with pytest.raises(OSError, match="Read-only file system; the last complete one is .*step-00000003"):
+            pretrain(config)
+        assert Checkpoints(disk / "run" / "checkpoints").latest().step == 3
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match="cannot be written: Read-only file system"):
+            pretrain(tiny(clips, disk / "run", resume=True))
+
+
+def test_a_write_that_fails_half_way(clips, tmp_path, monkeypatch):
+    """The same where nothing can be mounted."""
+    save = torch.save
+
+    def full(state, file):
+        if state["step"] == 6:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(checkpoints_module.torch, "save", full)
+    with pytest.raises(OSError, match=r"step-00000006 could not be written: No space left.*step-00000003\. Make"):
+        pretrain(tiny(clips, tmp_path / "run"))
+    monkeypatch.undo()
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest().step == 3
+    pretrain(tiny(clips, tmp_path / "run", resume=True))
+    pretrain(tiny(clips, tmp_path / "whole"))
+    assert_same_bits(state_of(tmp_path / "run", 8), state_of(tmp_path / "whole", 8))
+
+
+def test_a_folder_that_cannot_be_made(clips, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--out .* cannot be written: Not a directory"):
+        pretrain(tiny(clips, tmp_path / "file" / "run"))
+
+
+# -- damage --------------------------------------------------------------------------------------------------
+
+
+def truncated(path):
+    os.truncate(path / "state.pt", (path / "state.pt").stat().st_size // 2)
+
+
+def bit_flipped(path):
+    content = bytearray((path / "state.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / "state.pt").write_bytes(content)
+
+
+def without_marker(path):
+    (path / "complete.json").unlink()
+
+
+def half_a_marker(path):
+    os.truncate(path / "complete.json", 20)
+
+
+def without_file(path):
+    (path / "state.pt").unlink()
+
+
+def half_written(path):
+    without_marker(path)
+    path.rename(path.with_name(path.name + ".partial"))
+
+
+@pytest.mark.parametrize(
+    "damage", [truncated, bit_flipped, without_marker, half_a_marker, without_file, half_written]
+)
+def test_damaged_checkpoints_are_passed_over(tmp_path, caplog, damage):
+    folder = Checkpoints(tmp_path, keep=5)
+    for step in (1, 2, 3):
+        folder.save(step, lambda path: checkpoints_module.write_state(path / "state.pt", {"x": torch.ones(99)}))
+    damage(tmp_path / "step-00000003")
+    with caplog.at_level(logging.WARNING, "audiomae.train"):
+        assert folder.latest().step == 2
+    (record,) = caplog.records
+    assert "step-00000003" in record.getMessage() and "is passed over: " in record.getMessage()
+    damage(tmp_path / "step-00000002")
+    damage(tmp_path / "step-00000001")
+    assert folder.latest() is None
+
+
+def test_resume_behind_a_damaged_checkpoint(clips, tmp_path, caplog):
+    config = tiny(clips, tmp_path / "run", steps=9)
+    pretrain(config)
+    expected = state_of(config.out, 9)
+    bit_flipped(tmp_path / "run" / "checkpoints" / "step-00000009")
+    (tmp_path / "run" / "metrics.jsonl").open("a").write('{"step": 9, "lo')  # and a line cut short
+    pretrain(tiny(clips, tmp_path / "run", steps=9, resume=True))
+    assert "step-00000009 is passed over" in caplog.text
+    assert_same_bits(state_of(config.out, 9), expected)
+    assert [line["step"] for line in metrics(config.out)] == list(range(1, 10))
+
+
+def test_the_last_and_the_best_are_kept(tmp_path):
+    folder = Checkpoints(tmp_path, keep=2)
+    for step, metric in enumerate((5.0, 1.0, 3.0, 4.0, 2.0), start=1):
+        folder.save(step, lambda path: (path / "x").write_text("x"), metric)
+    assert [checkpoint.step for checkpoint in folder.complete()] == [5, 4, 2]
+    assert folder.best().step == 2 and folder.latest().step == 5
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    torch.save({"step": Evil()}, tmp_path / "state.pt")
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        checkpoints_module.read_state(tmp_path / "state.pt")
+    assert not (tmp_path / "made").exists()
+
+
+# -- refusals ------------------------------------------------------------------------------------------------
+
+
+def test_nan_stops_the_run(clips, tmp_path):
+    """It tells the steps; what was saved before stays and is finite."""
+    config = tiny(clips, tmp_path / "run", lr=1e20, warmup_steps=4, save_every=1)
+    with pytest.raises(TrainingError, match=r"(loss|gradient norm) is (nan|inf) in steps .*Lower the learning rate"):
+        pretrain(config)
+    last = Checkpoints(tmp_path / "run" / "checkpoints").latest()
+    assert all(tensor.isfinite().all() for tensor in state_of(config.out, last.step)["model"].values())
+    assert metrics(config.out)[-1]["loss"] is None or metrics(config.out)[-1]["grad_norm"] is None
+
+
+def test_a_run_is_not_written_over(clips, tmp_path):
+    pretrain(tiny(clips, tmp_path / "run", steps=1))
+    with pytest.raises(ValueError, match="holds a run already: go on with it with --resume"):
+        pretrain(tiny(clips, tmp_path / "run", steps=1))
+
+
+def test_resume_with_other_data_or_another_model(clips, tmp_path):
+    pretrain(tiny(clips, tmp_path / "run", steps=1))
+    other = make_clips(tmp_path / "other", count=5)
+    with pytest.raises(ValueError, match="the sampler's state was taken with sizes"):
+        pretrain(tiny(other, tmp_path / "run", steps=2, resume=True))
+    with pytest.raises(ValueError, match="do not fit the model"):
+        pretrain(tiny(clips, tmp_path / "run", steps=2, resume=True, overrides={"width": 64}))
