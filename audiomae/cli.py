@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add_prepare(commands)
 
-    pretrain = commands.add_parser("pretrain", add_help=False, help="a model from recordings, on one machine or many")
+    pretrain = commands.add_parser(
+        "pretrain", add_help=False, help="a model from recordings, on one machine or many"
+    )
     pretrain.set_defaults(run=_pretrain)
 
     embed = commands.add_parser(

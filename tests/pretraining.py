@@ -25,7 +25,7 @@ MODELS = {
 # The imports are paid for once: children are forks of a server that has them. A fork of the test process would
 # inherit its threads' locks.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pretraining"])
+_context.set_forkserver_preload(["pretraining", "torch.utils.tensorboard"])
 
 
 def make_clips(folder, count=12, seconds=0.8):
@@ -95,7 +95,9 @@ def torchrun(function, world_size, *arguments):
         process.join(180)
         if process.is_alive():
             process.kill()
-    assert [process.exitcode for process in processes] == [0] * world_size, queue.get() if not queue.empty() else ""
+    assert [process.exitcode for process in processes] == [0] * world_size, (
+        queue.get() if not queue.empty() else ""
+    )
 
 
 def _child(config, environment):

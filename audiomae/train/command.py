@@ -68,7 +68,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     parser = jsonargparse.ArgumentParser(
         prog="audiomae pretrain", description=_DESCRIPTION, print_config="--print-config", allow_abbrev=False
     )
-    parser.add_argument("--config", action="config", help="a YAML file of settings, as --print-config writes it")
+    parser.add_argument(
+        "--config", action="config", help="a YAML file of settings, as --print-config writes it"
+    )
     _add_fields(parser, defaults)
     values = parser.instantiate(parser.parse_args(list(arguments))).as_dict()
     values.pop("config", None)

@@ -107,10 +107,14 @@ class TrainConfig:
         """
         for name, what in (("model", "a model"), ("data", "recordings"), ("out", "a folder for the run")):
             if not getattr(self, name):
-                raise ValueError(f"there is no {option(name)}: name {what} with it, or in the configuration file")
+                raise ValueError(
+                    f"there is no {option(name)}: name {what} with it, or in the configuration file"
+                )
         for one, other in EITHER:
             if getattr(self, one) is not None and getattr(self, other) is not None:
-                raise ValueError(f"{option(one)} and {option(other)} say the same in two ways: give one of them")
+                raise ValueError(
+                    f"{option(one)} and {option(other)} say the same in two ways: give one of them"
+                )
         if self.steps is None and self.epochs is None:
             raise ValueError("how long to train is not said: give --steps or --epochs")
         least = {"batch_size": 1, "accumulate": 1, "log_every": 1, "save_every": 1, "keep": 1, "steps": 0}
@@ -118,8 +122,19 @@ class TrainConfig:
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= bound):
-                raise ValueError(f"{option(name)} is {value!r}, but a whole number of at least {bound} was expected")
-        for name in ("lr", "base_lr", "min_lr", "epochs", "warmup_epochs", "eps", "weight_decay", "clip_grad"):
+                raise ValueError(
+                    f"{option(name)} is {value!r}, but a whole number of at least {bound} was expected"
+                )
+        for name in (
+            "lr",
+            "base_lr",
+            "min_lr",
+            "epochs",
+            "warmup_epochs",
+            "eps",
+            "weight_decay",
+            "clip_grad",
+        ):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{option(name)} is {value!r}, but a number of at least 0 was expected")
@@ -254,5 +269,7 @@ def recipe(name: str) -> dict[str, Any]:
         ValueError: there is none of that name; near ones are suggested.
     """
     if name not in RECIPES:
-        raise ValueError(f"there is no recipe {name!r}{suggest(name, RECIPES)}; there are {', '.join(RECIPES)}")
+        raise ValueError(
+            f"there is no recipe {name!r}{suggest(name, RECIPES)}; there are {', '.join(RECIPES)}"
+        )
     return {**RECIPES[name], "recipe": name}

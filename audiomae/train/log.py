@@ -53,7 +53,9 @@ class Log:
             self._file.write(json.dumps({"step": step, **plain}) + "\n")
             self._file.flush()
         except OSError as error:
-            raise OSError(f"{self._file.name} cannot be written: {error.strerror}; go on with --resume") from error
+            raise OSError(
+                f"{self._file.name} cannot be written: {error.strerror}; go on with --resume"
+            ) from error
         if self._board is not None:
             for name, value in values.items():
                 if not isinstance(value, str):
@@ -92,7 +94,9 @@ def _progress_bar() -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     left = TimeRemainingColumn(elapsed_when_finished=True)
-    return Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"), left)
+    return Progress(
+        TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"), left
+    )
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

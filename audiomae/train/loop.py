@@ -195,7 +195,9 @@ class Trainer:
                 if self.step != self.saved:
                     self._save(consumed)
                 saved = "nothing to save" if self.saved is None else f"{self._path()} is complete"
-                self.log.say(f"asked to end ({stop.requested or 'another process'}) at step {self.step}: {saved}")
+                self.log.say(
+                    f"asked to end ({stop.requested or 'another process'}) at step {self.step}: {saved}"
+                )
                 return False
             self._step(micro)
             self.step += 1
@@ -326,7 +328,9 @@ class Trainer:
         # A loss scale that was too high gives infinite gradients, which the scaler has left out.
         if not finite or not (math.isfinite(norm) or self.scaler.is_enabled()):
             what = f"the loss is {losses['loss']}" if not finite else f"the gradient norm is {norm}"
-            saved = "nothing was saved yet" if self.saved is None else f"{self._path()} is the last checkpoint"
+            saved = (
+                "nothing was saved yet" if self.saved is None else f"{self._path()} is the last checkpoint"
+            )
             raise TrainingError(
                 f"{what} in steps {self._first + 1} to {self.step}; {saved}. Lower the learning rate ({lr:.3g} "
                 "here), lengthen the warm-up, clip gradients (--clip-grad), or use --precision bf16 in place of fp16"
@@ -465,7 +469,9 @@ class Trainer:
             c.folder.mkdir(parents=True, exist_ok=True)
             replace_file(path, yaml.safe_dump(settings, sort_keys=False))
         except OSError as error:
-            raise ValueError(f"--out {c.out} cannot be written: {error.strerror}; choose another folder") from error
+            raise ValueError(
+                f"--out {c.out} cannot be written: {error.strerror}; choose another folder"
+            ) from error
 
     def _finish(self) -> None:
         """Write the model for others to load."""
@@ -483,7 +489,9 @@ class Trainer:
             try:
                 replace_folder(folder, model.save_pretrained)
             except (OSError, SafetensorError) as error:
-                raise OSError(f"{folder} could not be written: {error}; {self._path()} is complete") from error
+                raise OSError(
+                    f"{folder} could not be written: {error}; {self._path()} is complete"
+                ) from error
 
         self._together(write)
         self.log.say(f"wrote {folder}")
@@ -494,7 +502,9 @@ def _model(config: TrainConfig) -> SpectrogramModel:
     model = make(config.model, **config.model_overrides)
     c = model.config
     if not isinstance(model, (MaskedAutoencoder, SSAST)) or getattr(c, "decoder", None) == "none":
-        raise ValueError(f"{config.model} is a {type(model).__name__} without a decoder or heads to pre-train")
+        raise ValueError(
+            f"{config.model} is a {type(model).__name__} without a decoder or heads to pre-train"
+        )
     if config.mean is not None:
         c.frontend = replace(c.frontend, mean=config.mean, std=config.std)
     return model
@@ -517,7 +527,9 @@ def _cut_to_shortest(waveform: Tensor, lengths: Tensor, seeds: Tensor | None) ->
         waveform = torch.nn.functional.pad(waveform, (0, size - waveform.shape[1]))
     free = (lengths - size).clamp(min=0)
     starts = torch.zeros_like(lengths) if seeds is None else seeds % (free + 1)
-    places = starts[:, None].to(waveform.device, non_blocking=True) + torch.arange(size, device=waveform.device)
+    places = starts[:, None].to(waveform.device, non_blocking=True) + torch.arange(
+        size, device=waveform.device
+    )
     return waveform.gather(1, places), lengths.clamp(max=size)
 
 

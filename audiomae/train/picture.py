@@ -35,7 +35,9 @@ def reconstruct(
     c = model.config
     out = model(spectrogram, mask)
     if out.pred is None:
-        raise ValueError("this model has no reconstruction loss (reconstruction_weight=0), so there is nothing to see")
+        raise ValueError(
+            "this model has no reconstruction loss (reconstruction_weight=0), so there is nothing to see"
+        )
     original = model.spectrogram_norm(spectrogram).float()
     values = out.pred.float()
     if getattr(c, "normalize_target", False):
@@ -52,7 +54,9 @@ def reconstruct(
 def _scatter(like: Tensor, ids: Tensor, values: Tensor | None, c) -> tuple[Tensor, Tensor]:
     """Sums (B, T, F) of the patches' values at their places, and how many patches reach each place."""
     bands = c.grid(like.shape[1])[1]
-    frames = ids.div(bands, rounding_mode="floor")[:, :, None] * c.step[0] + torch.arange(c.patch[0], device=ids.device)
+    frames = ids.div(bands, rounding_mode="floor")[:, :, None] * c.step[0] + torch.arange(
+        c.patch[0], device=ids.device
+    )
     bins = (ids % bands)[:, :, None] * c.step[1] + torch.arange(c.patch[1], device=ids.device)
     places = (frames[:, :, :, None] * like.shape[2] + bins[:, :, None, :]).flatten(1)  # (B, M * V)
     zeros = torch.zeros_like(like).flatten(1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,6 +16,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.nn.parallel import DistributedDataParallel
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+# The name since torch 2.14, and the one before.
+_SYNC_BUFFERS = "forward_sync_buffers"
+if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
+    _SYNC_BUFFERS = "broadcast_buffers"
 
 
 class Processes(AbstractContextManager):
@@ -99,14 +106,16 @@ def distribute(model: nn.Module, processes: Processes, fsdp: bool) -> nn.Module:
                 fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         register_fsdp_forward_method(model, "encode")
+        # Of in-place operations on the model's outputs; the loop has none.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         return model
     if processes.world_size == 1:
         return model
     return DistributedDataParallel(
         model,
         device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **{_SYNC_BUFFERS: False},
     )
 
 

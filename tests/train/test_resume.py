@@ -162,7 +162,9 @@ def test_command_and_a_signal_to_the_whole_group(clips, tmp_path):
 def small_disk(folder, options):
     """A file system of its own in memory."""
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True
+    ).returncode:
         pytest.skip("mounting is not permitted here")
     try:
         yield folder
@@ -173,7 +175,9 @@ def small_disk(folder, options):
 def test_a_full_disk(clips, tmp_path):
     with small_disk(tmp_path / "disk", "size=2m") as disk:
         config = tiny(clips, disk / "run", overrides={"width": 64})
-        with pytest.raises(OSError, match=r"No space left on device; the last complete one is .*step-00000003"):
+        with pytest.raises(
+            OSError, match=r"No space left on device; the last complete one is .*step-00000003"
+        ):
             pretrain(config)
         last = Checkpoints(disk / "run" / "checkpoints").latest()
         assert last.step == 3 and last.damage() is None
@@ -212,7 +216,9 @@ def test_a_write_that_fails_half_way(clips, tmp_path, monkeypatch):
         save(state, file)
 
     monkeypatch.setattr(checkpoints_module.torch, "save", full)
-    with pytest.raises(OSError, match=r"step-00000006 could not be written: No space left.*step-00000003\. Make"):
+    with pytest.raises(
+        OSError, match=r"step-00000006 could not be written: No space left.*step-00000003\. Make"
+    ):
         pretrain(tiny(clips, tmp_path / "run"))
     monkeypatch.undo()
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest().step == 3
@@ -263,7 +269,9 @@ def half_written(path):
 def test_damaged_checkpoints_are_passed_over(tmp_path, caplog, damage):
     folder = Checkpoints(tmp_path, keep=5)
     for step in (1, 2, 3):
-        folder.save(step, lambda path: checkpoints_module.write_state(path / "state.pt", {"x": torch.ones(99)}))
+        folder.save(
+            step, lambda path: checkpoints_module.write_state(path / "state.pt", {"x": torch.ones(99)})
+        )
     damage(tmp_path / "step-00000003")
     with caplog.at_level(logging.WARNING, "audiomae.train"):
         assert folder.latest().step == 2
@@ -311,7 +319,9 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
 def test_nan_stops_the_run(clips, tmp_path):
     """It tells the steps; what was saved before stays and is finite."""
     config = tiny(clips, tmp_path / "run", lr=1e20, warmup_steps=4, save_every=1)
-    with pytest.raises(TrainingError, match=r"(loss|gradient norm) is (nan|inf) in steps .*Lower the learning rate"):
+    with pytest.raises(
+        TrainingError, match=r"(loss|gradient norm) is (nan|inf) in steps .*Lower the learning rate"
+    ):
         pretrain(config)
     last = Checkpoints(tmp_path / "run" / "checkpoints").latest()
     assert all(tensor.isfinite().all() for tensor in state_of(config.out, last.step)["model"].values())

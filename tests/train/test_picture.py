@@ -1,0 +1,81 @@
+"""Reconstructions: what is seen stays, what is masked is the prediction, un-normalised."""
+
+import matplotlib.image
+import pytest
+import torch
+from audiomae_kernels import patch_gather
+from pretraining import MODELS
+
+import audiomae
+from audiomae import Mask
+from audiomae.train import draw_reconstruction, reconstruct
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def covered(mask, config, frames):
+    """(B, T, F) bool: places that only masked patches reach, place by place."""
+    seen, hidden = (torch.zeros(len(mask.ids_keep), frames, config.mel_bins, dtype=torch.bool) for _ in "ab")
+    bands = config.grid(frames)[1]
+    for ids, places in ((mask.ids_keep, seen), (mask.ids_masked, hidden)):
+        for clip, row in enumerate(ids.tolist()):
+            for token in row:
+                t, f = token // bands * config.step[0], token % bands * config.step[1]
+                places[clip, t : t + config.patch[0], f : f + config.patch[1]] = True
+    return hidden & ~seen
+
+
+@pytest.mark.parametrize("stride", [None, (10, 10)])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_seen_stays(name, stride):
+    if stride and name == "ssast_patch_tiny":
+        pytest.skip("cluster masks are for patches side by side")
+    overrides = (
+        {"stride": stride, "positions": "grid"} if stride and name == "audiomae_small" else {"stride": stride}
+    )
+    model = audiomae.create_model(name, **MODELS[name], **overrides).eval()
+    frames = 70 if model.config.positions == "flat" else 64  # the last frames may fill no patch
+    spectrogram = torch.randn(2, frames, 128)
+    mask = model.draw_mask(2, frames)
+    original, masked, reconstruction = reconstruct(model, spectrogram, mask)
+    hidden = covered(mask, model.config, frames)
+    assert torch.equal(masked.isnan(), hidden) and 0.1 < hidden.float().mean() < 0.9
+    assert torch.equal(reconstruction[~hidden], original[~hidden]) and torch.equal(
+        masked[~hidden], original[~hidden]
+    )
+    assert reconstruction.isfinite().all() and (reconstruction != original)[hidden].float().mean() > 0.99
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_perfect_prediction_gives_the_original(name):
+    model = audiomae.create_model(name, **MODELS[name]).eval()
+    spectrogram = torch.randn(2, 64, 128) * 3 + 1
+    whole = model.forward
+
+    def perfect(spectrogram, mask):
+        out = whole(spectrogram, mask)
+        target = patch_gather(model.spectrogram_norm(spectrogram), out.mask.ids_masked, patch=(16, 16))
+        if name == "audiomae_small":
+            target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
+        out["pred"] = target
+        return out
+
+    model.forward = perfect
+    original, _, reconstruction = reconstruct(model, spectrogram)
+    torch.testing.assert_close(reconstruction, original, rtol=1e-5, atol=1e-5)
+
+
+def test_drawing(tmp_path):
+    model = audiomae.create_model("audiomae_small", **MODELS["audiomae_small"]).eval()
+    images = reconstruct(model, torch.randn(3, 64, 128), Mask.random(3, 32, 0.8))
+    draw_reconstruction(tmp_path / "picture.png", *images, title="step 3")
+    pixels = matplotlib.image.imread(tmp_path / "picture.png")
+    assert pixels.shape[:2] == (700, 1650) and len(pixels.reshape(-1, pixels.shape[2])[::97]) > 100
+
+
+def test_nothing_to_see():
+    model = audiomae.create_model(
+        "audiomae_small", **MODELS["audiomae_small"], reconstruction_weight=0.0, info_nce_weight=1.0
+    )
+    with pytest.raises(ValueError, match="no reconstruction loss"):
+        reconstruct(model, torch.randn(1, 64, 128))

@@ -1,0 +1,133 @@
+"""Two processes: gradients of the joined batch, and runs that are stopped and resumed."""
+
+import pytest
+import torch
+from pretraining import (
+    assert_same_bits,
+    gradients,
+    make_clips,
+    run,
+    state_of,
+    tiny,
+    torchrun,
+    write_gradients,
+)
+
+import audiomae
+from audiomae.train import Checkpoints, Trainer, pretrain
+from audiomae.train.processes import Processes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Dropout is drawn by each process for itself.
+NO_DROPOUT = {
+    "audiomae_small": {"bias_dropout": 0.0},
+    "ssast_patch_tiny": {},
+    "mae_ast_patch_base": {"dropout": 0.0, "attention_dropout": 0.0, "input_dropout": 0.0, "layer_drop": 0.0},
+}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """13: what fills no batch is left out, on however many ranks."""
+    return make_clips(tmp_path_factory.mktemp("clips") / "audio", count=13)
+
+
+def assert_close(found, expected, what):
+    """Sums in another order: each of n = 1e5 float32 terms at most, whose rounding adds up like a random walk.
+
+    Some gradients are 0 but for rounding (a constant added to all logits of a softmax changes nothing): these are
+    compared on the scale of a hundredth of the whole gradient.
+    """
+    floor = torch.stack([gradient.norm() for gradient in expected.values()]).norm() / 100
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).norm() / torch.maximum(gradient.norm(), floor)
+        assert error < 1e5**0.5 * 2**-24, f"{what}: {name} differs by {error:.1e}"
+
+
+@pytest.mark.parametrize("model", ["audiomae_small", "ssast_patch_tiny"])
+def test_gradients_are_those_of_the_joined_batch(clips, tmp_path, model):
+    """Two micro-batches of two clips in one process; of one in two, replicated and sharded; and one of four."""
+    settings = {"model": model, "overrides": NO_DROPOUT[model]}
+    joined = gradients(tiny(clips, tmp_path / "0", batch_size=4, accumulate=1, **settings))
+    assert all(gradient.abs().sum() > 0 for gradient in joined.values())
+    for fsdp in (False, True):
+        config = tiny(clips, tmp_path / "1", batch_size=2, accumulate=1, fsdp=fsdp, **settings)
+        torchrun(write_gradients, 2, config, tmp_path / "gradients.pt")
+        assert_close(torch.load(tmp_path / "gradients.pt"), joined, "FSDP2" if fsdp else "DDP")
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_accumulation_is_the_joined_batch(clips, tmp_path, fsdp):
+    """Two processes, two micro-batches: the same clips and masks as one process with two larger micro-batches."""
+    settings = {"overrides": NO_DROPOUT["audiomae_small"], "accumulate": 2}
+    joined = gradients(tiny(clips, tmp_path / "0", batch_size=4, **settings))
+    torchrun(
+        write_gradients,
+        2,
+        tiny(clips, tmp_path / "1", batch_size=2, fsdp=fsdp, **settings),
+        tmp_path / "g.pt",
+    )
+    assert_close(torch.load(tmp_path / "g.pt"), joined, f"fsdp={fsdp}")
+
+
+def test_batch_statistics_are_taken_per_process(clips, tmp_path):
+    """MAE-AST's input norm, as published: so two processes are two micro-batches, not the joined batch."""
+    settings = {"model": "mae_ast_patch_base", "overrides": NO_DROPOUT["mae_ast_patch_base"]}
+    config = tiny(clips, tmp_path / "1", batch_size=2, accumulate=1, **settings)
+    torchrun(write_gradients, 2, config, tmp_path / "g.pt")
+    found = torch.load(tmp_path / "g.pt")
+    with Processes("cpu") as processes:
+        trainer = Trainer(tiny(clips, tmp_path / "0", batch_size=4, accumulate=1, **settings), processes)
+        trainer._restart_interval()
+        batch = next(trainer._batches())
+        spectrogram = trainer._spectrogram(batch)
+        mask = trainer._mask(spectrogram, 3, 0, 0)
+        for rows in (slice(0, 2), slice(2, 4)):
+            part = audiomae.Mask(mask.ids_keep[rows], mask.ids_masked[rows], mask.num_tokens)
+            (trainer.model(spectrogram[rows], part).loss / 2).backward()
+        expected = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+    assert_close(found, expected, "DDP")
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_stopped_and_resumed(clips, tmp_path, fsdp):
+    """Bit for bit; the model that comes out is whole, and one process can read it."""
+    settings = {"accumulate": 1, "fsdp": fsdp, "val_data": [str(clips)]}
+    torchrun(run, 2, tiny(clips, tmp_path / "whole", **settings))
+    torchrun(run, 2, tiny(clips, tmp_path / "parts", **settings, steps=5))
+    resumed = tiny(clips, tmp_path / "parts", **settings, resume=True)
+    # The schedule depends on the number of steps, so the first part is cut out of a whole run.
+    for step in (5, 8):
+        path = tmp_path / "parts" / "checkpoints" / f"step-{step:08d}" / "complete.json"
+        path.unlink(missing_ok=True)
+    first = Checkpoints(tmp_path / "parts" / "checkpoints").latest()
+    assert first.step == 3
+    whole = Checkpoints(tmp_path / "whole" / "checkpoints")
+    for source in next(c for c in whole.complete() if c.step == 3).path.iterdir():
+        (first.path / source.name).write_bytes(source.read_bytes())
+    torchrun(run, 2, resumed)
+    models = [audiomae.load(tmp_path / name / "model").state_dict() for name in ("parts", "whole")]
+    assert_same_bits(*models)
+    if fsdp:
+        with pytest.raises(ValueError, match="was not written without --fsdp: add it"):
+            pretrain(tiny(clips, tmp_path / "parts", accumulate=2, resume=True))
+    else:  # the sampler's position is one of clips, not of processes
+        assert len(state_of(tmp_path / "parts", 8)["random"]) == 2
+        pretrain(tiny(clips, tmp_path / "parts", batch_size=4, accumulate=1, steps=9, resume=True))
+        assert Checkpoints(tmp_path / "parts" / "checkpoints").latest().step == 9
+
+
+def test_more_ranks_than_clips(clips, tmp_path, monkeypatch):
+    with Processes("cpu") as processes:
+        monkeypatch.setattr(processes, "world_size", 14)
+        with pytest.raises(ValueError, match="13 clips for 14 ranks; expected at least one each"):
+            Trainer(tiny(clips, tmp_path / "run"), processes)
+        monkeypatch.setattr(processes, "world_size", 8)
+        with pytest.raises(ValueError, match="does not fill one batch of 2 on 8 ranks"):
+            Trainer(tiny(clips, tmp_path / "run"), processes)
+
+
+def test_fsdp_needs_torchrun(clips, tmp_path):
+    with pytest.raises(ValueError, match="start the command under torchrun"):
+        pretrain(tiny(clips, tmp_path / "run", fsdp=True))
