@@ -97,9 +97,10 @@ class Checkpoints:
                 raise
             last = next(self.complete(), None)
             rest = "there is no earlier one" if last is None else f"the last complete one is {last.path}"
+            reason = getattr(cause, "strerror", None) or cause or error
             raise OSError(
-                f"the checkpoint {final} could not be written: {getattr(cause, 'strerror', None) or cause or error}; {rest}. Make room or choose "
-                "another folder, then go on with --resume"
+                f"the checkpoint {final} could not be written: {reason}; {rest}. Make room or choose another folder, "
+                "then go on with --resume"
             ) from error
 
     def _path(self, step: int, suffix: str = "") -> Path:

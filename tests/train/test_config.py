@@ -1,6 +1,7 @@
 """Settings: recipes, files and the command line; what is wrong is refused before anything is loaded."""
 
 import dataclasses
+import itertools
 import math
 import subprocess
 import sys
@@ -117,7 +118,7 @@ def test_schedules():
         and rates[18] == pytest.approx(0.55)
         and rates[33] == pytest.approx(0.1)
     )
-    assert all(one > other for one, other in zip(rates[3:], rates[4:], strict=False))
+    assert all(one > other for one, other in itertools.pairwise(rates[3:]))
     linear = [schedule("linear", step, 10, 2, 1.0, 0.0) for step in range(11)]
     assert linear[2:] == pytest.approx([1 - i / 8 for i in range(9)])
     assert schedule("constant", 9, 10, 2, 1.0, 0.0) == 1

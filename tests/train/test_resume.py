@@ -197,7 +197,7 @@ def test_a_folder_that_becomes_read_only(clips, tmp_path, monkeypatch):
             whole(self, micro)
 
         monkeypatch.setattr(Trainer, "_step", read_only)
-        with pytest.raises(OSError, match="Read-only file system; the last complete one is .*step-00000003"):
+        with pytest.raises(OSError, match=r"Read-only file system; the last complete one is .*step-00000003"):
             pretrain(config)
         assert Checkpoints(disk / "run" / "checkpoints").latest().step == 3
         monkeypatch.undo()
@@ -229,7 +229,7 @@ def test_a_write_that_fails_half_way(clips, tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made(clips, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="--out .* cannot be written: Not a directory"):
+    with pytest.raises(ValueError, match=r"--out .* cannot be written: Not a directory"):
         pretrain(tiny(clips, tmp_path / "file" / "run"))
 
 
@@ -308,7 +308,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
             return os.mkdir, (str(tmp_path / "made"),)
 
     torch.save({"step": Evil()}, tmp_path / "state.pt")
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
         checkpoints_module.read_state(tmp_path / "state.pt")
     assert not (tmp_path / "made").exists()
 
