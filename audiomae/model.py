@@ -743,7 +743,8 @@ class SpectrogramModel(nn.Module, PretrainedMixin):
         None where `pad="attend"`, or without lengths: the batch is dense then.
 
         Raises:
-            ValueError: `lengths` are on a device, and reading them would wait for it.
+            ValueError: `lengths` are on a device, and reading them would wait for it, or they are a tensor under
+                torch.compile.
         """
         if lengths is None or self.config.pad == "attend":
             return None
@@ -753,6 +754,8 @@ class SpectrogramModel(nn.Module, PretrainedMixin):
                     f'lengths are on {lengths.device}, and with pad="exclude" the shapes depend on them: pass a list '
                     "or a tensor on the CPU, so that nothing waits for the device"
                 )
+            if torch.compiler.is_compiling():
+                raise ValueError("under torch.compile lengths must be a list: shapes depend on them")
             lengths = lengths.tolist()
         return Clips.of(lengths, self.config, self.encoder.positions.max_steps)
 
@@ -779,11 +782,11 @@ class SpectrogramModel(nn.Module, PretrainedMixin):
             mask: R = B * m rows, row i belonging to clip i // m; None encodes every token.
             lengths: (B,) valid frames, integers. With `pad="attend"` what follows a clip's end is attended, as
                 published, and they change nothing. With `pad="exclude"` it is never read: a clip is filled up with
-                zeros to whole patches, all clips are packed without padding, and each gives what it gives alone
-                (with the statistics of `input_norm` the same; those of a batch depend on the batch, and count valid
-                frames only). `lengths` must then be on the host, and under torch.compile a list; another set of
+                zeros to whole patches, all clips are packed without padding, and each gives what it gives alone.
+                (`input_norm` with the statistics of the batch depends on the batch; it counts valid frames only.)
+                They must be on the host then; under torch.compile a list, with dynamic=False, since another set of
                 lengths is another graph. Attention costs a call for each clip where the backend has none for packed
-                clips, window attention one for each run of clips of equal length.
+                clips, attention in windows one for each run of clips of equal length.
             layers: block numbers from 1; then the outputs of these blocks are returned, in ascending order.
 
         Returns:
@@ -964,8 +967,9 @@ def some_masked_mse(
     target = patch_gather(spectrogram, ids.clamp(min=0), patch=patch, stride=stride, impl=impl)
     target = target.to(torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32))
     if normalize:
-        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        target = (target - mean) / (var + 1e-6).sqrt()
+        target = target - target.mean(dim=-1, keepdim=True)
+        var = target.square().sum(dim=-1, keepdim=True) / (target.shape[-1] - 1)
+        target = target / (var + 1e-6).sqrt()
     error = (pred - target).masked_fill(~counts[:, :, None], 0.0)
     return error.square().sum() / (counts.sum() * target.shape[-1]).clamp(min=1)
 
@@ -1004,18 +1008,25 @@ def check_spectrogram(
             "cut the clip, or create the model with a larger frames="
         )
     if lengths is not None:
-        given = torch.as_tensor(lengths)
-        if given.shape != (batch,) or given.is_floating_point():
-            raise ValueError(
-                f"lengths must hold one integer for each of {batch} clips, got {given.dtype} {tuple(given.shape)}"
-            )
-        # On a GPU a look at the values would wait for the device.
-        looks = given.device.type == "cpu" and not torch.compiler.is_compiling()
-        if looks and not ((given >= 1) & (given <= frames)).all():
-            raise ValueError(
-                f"lengths must lie between 1 and the {frames} frames given, got {given.tolist()}"
-            )
+        check_lengths(lengths, batch, frames)
     return spectrogram
+
+
+def check_lengths(lengths: Tensor | Sequence[int], batch: int, frames: int) -> None:
+    """Refuses what is not one number of valid frames for each clip."""
+    if isinstance(lengths, Tensor):
+        fits = lengths.shape == (batch,) and not lengths.is_floating_point()
+        # On a GPU a look at the values would wait for the device.
+        looks = lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+        given = f"{lengths.dtype} {tuple(lengths.shape)}"
+        values = lengths.tolist() if fits and looks else []
+    else:
+        values = list(lengths)
+        given, fits = values, len(values) == batch and all(isinstance(n, int) for n in values)
+    if not fits:
+        raise ValueError(f"lengths must hold one integer for each of {batch} clips, got {given}")
+    if not all(1 <= n <= frames for n in values):
+        raise ValueError(f"lengths must lie between 1 and the {frames} frames given, got {values}")
 
 
 def check_mask(mask: Mask, spectrogram: Tensor, c: EncoderConfig, clips: Clips | None = None) -> None:
