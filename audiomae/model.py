@@ -331,7 +331,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *context: Grid | Tensor | Packed) -> Tensor:
         """`context` is what the attention takes beside x."""
-        packed = context if context and isinstance(context[0], Packed) else ()
+        packed = context if isinstance(self.dropout, BranchDropout) else ()  # global attention has no other
         x = self._branch(x, self.norm1, self.attn, packed, *context)
         return self._branch(x, self.norm2, self.mlp, packed)
 
