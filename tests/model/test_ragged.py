@@ -135,20 +135,31 @@ def test_a_clip_gives_what_it_gives_alone(case):
 def test_within_the_error_budget_of_float32(case):
     """Packed, clip by clip, and clip by clip in float64: the error may be twice eager's."""
     model, dense = build(case)
-    x = batch().float()
-    mask = model.draw_mask(len(LENGTHS), lengths=LENGTHS)
-    _, exact = step_alone(dense, list(alone(model, x.double(), LENGTHS)), mask)
-    _, eager = step_alone(copy.deepcopy(dense).float(), list(alone(model, x, LENGTHS)), mask)
-    _, actual = step_together(copy.deepcopy(model).float(), x, mask, LENGTHS)
-    # One error for all parameters: that of a single small one is a matter of luck.
-    scale = {name: truth.abs().max().clamp(min=1e-30) for name, truth in exact.items()}
-    joined = []
-    for result in (actual, eager, exact):
-        grads = [(t / scale[name].to(t.dtype)).flatten() for name, t in result.items() if name != "loss"]
-        joined.append({"gradients": torch.cat(grads)})
-    compare(*([result] for result in joined))
-    for result in (actual, eager):
-        assert abs(result["loss"] / exact["loss"] - 1) < 8 * torch.finfo(torch.float32).eps
+    draws = []
+    for _ in range(4):
+        x, mask = batch().float(), model.draw_mask(len(LENGTHS), lengths=LENGTHS)
+        _, exact = step_alone(dense, list(alone(model, x.double(), LENGTHS)), mask)
+        _, eager = step_alone(copy.deepcopy(dense).float(), list(alone(model, x, LENGTHS)), mask)
+        _, actual = step_together(copy.deepcopy(model).float(), x, mask, LENGTHS)
+        draws.append([relative(result, exact) for result in (actual, eager, exact)])
+        for result in (actual, eager):
+            assert abs(result["loss"] / exact["loss"] - 1) < 8 * torch.finfo(torch.float32).eps
+    compare(*zip(*draws, strict=True))
+
+
+def relative(result, exact):
+    """All gradients in one, each relative to its largest value: the error of a single small one is a matter of luck.
+
+    Without those that are 0 but for rounding: what is added to all scores of a softmax changes nothing.
+    """
+    scale = {name: grad.abs().max() for name, grad in exact.items() if name != "loss"}
+    names = [name for name, size in scale.items() if size > 1e-9 * max(scale.values())]
+    assert len(names) > 0.9 * len(scale)
+    return {
+        "gradients": torch.cat(
+            [(result[name] / scale[name].to(result[name].dtype)).flatten() for name in names]
+        )
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
