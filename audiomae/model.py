@@ -728,6 +728,8 @@ class SpectrogramModel(nn.Module, PretrainedMixin):
         """
         rows = getattr(self.config, "masks_per_clip", 1)
         clips = self.clips(lengths)
+        if clips is not None and len(clips.frames) != batch:
+            raise ValueError(f"a mask for {batch} clips needs as many lengths, got {len(clips.frames)}")
         if clips is None:
             return self._draw_mask(batch * rows, self.config.grid(frames), generator, device)
         grids = [grid for grid in clips.grids for _ in range(rows)]
@@ -748,7 +750,8 @@ class SpectrogramModel(nn.Module, PretrainedMixin):
         """
         if lengths is None or self.config.pad == "attend":
             return None
-        if isinstance(lengths, Tensor):
+        if not isinstance(lengths, (list, tuple)):
+            lengths = torch.as_tensor(lengths)
             if lengths.device.type != "cpu":
                 raise ValueError(
                     f'lengths are on {lengths.device}, and with pad="exclude" the shapes depend on them: pass a list '
@@ -1014,15 +1017,16 @@ def check_spectrogram(
 
 def check_lengths(lengths: Tensor | Sequence[int], batch: int, frames: int) -> None:
     """Refuses what is not one number of valid frames for each clip."""
-    if isinstance(lengths, Tensor):
+    if not isinstance(lengths, (list, tuple)):
+        lengths = torch.as_tensor(lengths)
         fits = lengths.shape == (batch,) and not lengths.is_floating_point()
         # On a GPU a look at the values would wait for the device.
         looks = lengths.device.type == "cpu" and not torch.compiler.is_compiling()
         given = f"{lengths.dtype} {tuple(lengths.shape)}"
         values = lengths.tolist() if fits and looks else []
     else:
-        values = list(lengths)
-        given, fits = values, len(values) == batch and all(isinstance(n, int) for n in values)
+        values, given = lengths, lengths
+        fits = len(values) == batch and all(isinstance(n, int) for n in values)
     if not fits:
         raise ValueError(f"lengths must hold one integer for each of {batch} clips, got {given}")
     if not all(1 <= n <= frames for n in values):

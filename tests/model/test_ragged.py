@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -247,6 +248,27 @@ def test_a_batch_with_nothing_masked():
     assert out.loss == 0 and out.pred.shape == (2, 0, 256)
 
 
+def test_lengths_in_any_form():
+    model, _ = build("window")
+    x, mask = batch([70, 16]), model.draw_mask(2, lengths=[70, 16])
+    losses = [model(x, mask, form([70, 16])).loss for form in (list, tuple, torch.tensor, np.array)]
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+
+
+@pytest.mark.parametrize("case", ["window", "global", "cross", "mae_ast_patch", "ssast_patch"])
+def test_half_precision(case):
+    """Autocast, and weights in bfloat16."""
+    model, _ = build(case)
+    x, mask = batch(), model.draw_mask(len(LENGTHS), lengths=LENGTHS)
+    exact = model(x, mask, LENGTHS).loss.item()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = copy.deepcopy(model).float()(x.float(), mask, LENGTHS)
+    half = copy.deepcopy(model).bfloat16()(x.float(), mask, LENGTHS)
+    for out in (mixed, half):
+        out.loss.backward()
+        assert out.loss.dtype == torch.float32 and abs(out.loss.item() / exact - 1) < 0.05
+
+
 # -- statistics and regularisation ---------------------------------------------------------------------------
 
 
@@ -360,6 +382,8 @@ def test_wrong_lengths_and_masks():
         ValueError, match=r"lengths must lie between 1 and the 160 frames given, got \[0, 16\]"
     ):
         model(x, lengths=[0, 16])
+    with pytest.raises(ValueError, match="a mask for 3 clips needs as many lengths, got 2"):
+        model.draw_mask(3, lengths=[70, 16])
     with pytest.raises(ValueError, match=r"lengths are on meta.*pass a list or a tensor on the CPU"):
         model.clips(torch.tensor([70, 16], device="meta"))
     with pytest.raises(
