@@ -21,6 +21,7 @@ PADS = ("attend", "exclude")
 POSITIONS = ("transposed", "grid", "flat", "learned")
 NORMS = ("pre", "post")
 INPUT_NORMS = ("none", "auto", "batch", "running")
+RECOMPUTE = ("none", "activations", "blocks")
 IMPLEMENTATIONS = (None, "reference", "native", "triton")
 
 
@@ -100,6 +101,9 @@ class EncoderConfig:
         pad: what `lengths` do. "attend": nothing, as published: what a clip was filled up with is attended and
             reconstructed like the rest. "exclude": it is kept out of attention, input statistics, pooling and loss,
             and a clip gives what it gives alone (see `SpectrogramModel.encode`).
+        recompute: what the backward pass computes again to save memory: "none"; "activations", the outputs of
+            LayerNorm, GELU and window attention, so no product with weights; "blocks", everything but each
+            block's input (activation checkpointing: one more forward pass).
         frontend: how a waveform becomes this model's input.
     """
 
@@ -126,6 +130,7 @@ class EncoderConfig:
     impl: str | None = None
     attention: str = "sdpa"
     pad: str = "attend"
+    recompute: str = "activations"
     frontend: Frontend = field(default_factory=lambda: Frontend.named("audioset"))
 
     def __post_init__(self):
@@ -135,6 +140,7 @@ class EncoderConfig:
         _one_of("impl", self.impl, IMPLEMENTATIONS)
         _one_of("attention", self.attention, tuple(BACKENDS))
         _one_of("pad", self.pad, PADS)
+        _one_of("recompute", self.recompute, RECOMPUTE)
         _one_of("prefix_tokens", self.prefix_tokens, (0, 1, 2))
         for name in ("frames", "mel_bins", "width", "depth", "heads"):
             _check_count(name, getattr(self, name))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +32,7 @@ from audiomae_kernels.window_attention import clip_window
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from .attention import Packed, attention, require_backend
 from .config import EncoderConfig, MAEConfig
@@ -145,6 +146,22 @@ class Positions(nn.Module):
 # -- blocks --------------------------------------------------------------------------------------------------
 
 
+def again(function: Callable, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """function(x), of which only x is kept: the backward pass computes again what it needs from between.
+
+    It stops at the last value that is needed, so a linear layer at the function's end is not computed again.
+    """
+    # Compilers choose for themselves what to compute again.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+
+
+def take(x: Tensor, ids: Tensor | None) -> Tensor:
+    """(R, L, D), (R, M) -> (R, M, D): the tokens with these ids, all of them for None."""
+    return x if ids is None else x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
+
+
 class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -152,7 +169,11 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.activate(self.fc1(x))
+
+    def activate(self, hidden: Tensor) -> Tensor:
+        """From fc1's output to the end."""
+        return self.fc2(F.gelu(hidden))
 
 
 class GlobalAttention(nn.Module):
@@ -167,10 +188,13 @@ class GlobalAttention(nn.Module):
 
     def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:
         """x (B, L, D), or (total, D) where `packed` says which tokens are whose."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # each (..., L, H, d)
+        return self.proj(self.mix(self.qkv(x), packed))
+
+    def mix(self, qkv: Tensor, packed: Packed | None = None) -> Tensor:
+        """(..., 3 * D) -> (..., D): the heads' outputs."""
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)  # each (..., L, H, d)
         dropout = self.dropout if self.training else 0.0
-        x = attention(q, k, v, packed=packed, dropout=dropout, backend=self.backend)
-        return self.proj(x.flatten(-2))
+        return attention(q, k, v, packed=packed, dropout=dropout, backend=self.backend).flatten(-2)
 
 
 class WindowAttention(nn.Module):
@@ -199,11 +223,17 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid | Sequence[Grid], offsets: Tensor) -> Tensor:
         """x (B, L, D), or (total, D) with a grid for each row; offsets (N, N, 2) from `log_offsets`."""
-        bias = self.bias_mlp(offsets).permute(2, 0, 1)  # (H, N, N)
-        x = attend_windows(
-            self.qkv(x), self.tau, bias, grid=grid, window=self.window, shift=self.shift, impl=self.impl
+        return self.proj(self.mix(self.qkv(x), grid, self.bias(offsets)))
+
+    def bias(self, offsets: Tensor) -> Tensor:
+        """(N, N, 2) -> (H, N, N)."""
+        return self.bias_mlp(offsets).permute(2, 0, 1)
+
+    def mix(self, qkv: Tensor, grid: Grid | Sequence[Grid], bias: Tensor) -> Tensor:
+        """(..., 3 * D) -> (..., D): the heads' outputs."""
+        return attend_windows(
+            qkv, self.tau, bias, grid=grid, window=self.window, shift=self.shift, impl=self.impl
         )
-        return self.proj(x)
 
 
 def attend_windows(
@@ -250,7 +280,16 @@ class CrossAttention(nn.Module):
 
         Packed rows are attended one by one.
         """
-        q = self.q(x).unflatten(-1, (self.heads, -1))  # (..., M, H, d)
+        return self.proj(self.mix(self.q(x), memory, counts))
+
+    @property
+    def qkv(self) -> nn.Linear:
+        """What `Block` multiplies first: the queries alone."""
+        return self.q
+
+    def mix(self, q: Tensor, memory: Tensor, counts: tuple[Sequence[int], Sequence[int]] = ()) -> Tensor:
+        """(..., D) and the memory -> (..., D): the heads' outputs."""
+        q = q.unflatten(-1, (self.heads, -1))  # (..., M, H, d)
         k, v = self.kv(memory).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         dropout = self.dropout if self.training else 0.0
         if counts:
@@ -259,7 +298,7 @@ class CrossAttention(nn.Module):
             x = torch.cat([attention(*row, dropout=dropout, backend=self.backend) for row in rows], dim=1)[0]
         else:
             x = attention(q, k, v, dropout=dropout, backend=self.backend)
-        return self.proj(x.flatten(-2))
+        return x.flatten(-2)
 
 
 def log_offsets(window: Grid) -> Tensor:
@@ -316,37 +355,73 @@ class Block(nn.Module):
     """Attention and MLP, each with a LayerNorm and a skip connection.
 
     norm: "pre" x + f(norm(x)) (ViT), "post" norm(x + f(x)) (MAE-AST), "res-post" x + norm(f(x)) (window blocks).
+    recompute: see `EncoderConfig`.
     """
 
     def __init__(
-        self, attention: nn.Module, width: int, mlp_ratio: float, norm: str, eps: float, dropout: nn.Module
+        self,
+        attention: GlobalAttention | WindowAttention | CrossAttention,
+        width: int,
+        mlp_ratio: float,
+        norm: str,
+        eps: float,
+        dropout: nn.Module,
+        recompute: str = "none",
     ):
         super().__init__()
-        self.order = norm
+        self.order, self.recompute = norm, recompute
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = attention
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, round(width * mlp_ratio))
         self.dropout = dropout
 
-    def forward(self, x: Tensor, *context: Grid | Tensor | Packed) -> Tensor:
-        """`context` is what the attention takes beside x."""
-        packed = context if isinstance(self.dropout, BranchDropout) else ()  # global attention has no other
-        x = self._branch(x, self.norm1, self.attn, packed, *context)
-        return self._branch(x, self.norm2, self.mlp, packed)
+    def forward(self, x: Tensor, *context: Grid | Tensor | Packed, ids: Tensor | None = None) -> Tensor:
+        """(R, L, D) -> (R, L, D), or (R, M, D) for the tokens `ids` (R, M) only.
 
-    def _branch(self, x: Tensor, norm: nn.Module, layer: nn.Module, packed: tuple, *context) -> Tensor:
+        `context` is what the attention takes beside x.
+        """
+        if self.recompute == "blocks" and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, *context, ids=ids, use_reentrant=False)
+        return self._forward(x, *context, ids=ids)
+
+    def _forward(self, x: Tensor, *context: Grid | Tensor | Packed, ids: Tensor | None) -> Tensor:
+        def drop(y: Tensor) -> Tensor:
+            # The context of global attention, and that alone, says which tokens are whose.
+            return self.dropout(y, *context) if isinstance(self.dropout, BranchDropout) else self.dropout(y)
+
         if self.order == "pre":
-            return x + self.dropout(layer(norm(x), *context), *packed)
+            qkv = self._again(lambda x: self.attn.qkv(self.norm1(x)), x)
+            x = take(x, ids) + drop(self._attend(qkv, *context, ids=ids))
+            hidden = self._again(lambda x: self.mlp.fc1(self.norm2(x)), x)
+            return x + drop(self._again(self.mlp.activate, hidden))
+        y = self._attend(self.attn.qkv(x), *context, ids=ids)
         if self.order == "res-post":
-            return x + self.dropout(norm(layer(x, *context)), *packed)
-        return norm(x + self.dropout(layer(x, *context), *packed))
+            x = take(x, ids) + drop(self.norm1(y))
+            return x + drop(self.norm2(self._again(self.mlp.activate, self.mlp.fc1(x))))
+        x, hidden = self._again(self._norm_and_expand, take(x, ids) + drop(y))
+        return self.norm2(x + drop(self._again(self.mlp.activate, hidden)))
+
+    def _attend(self, qkv: Tensor, *context: Grid | Tensor | Packed, ids: Tensor | None) -> Tensor:
+        """From the attention's qkv to its end, for the tokens `ids`."""
+        if not isinstance(self.attn, WindowAttention):
+            return self.attn.proj(take(self.attn.mix(qkv, *context), ids))
+        grid, offsets = context
+        bias = self.attn.bias(offsets)  # outside of what is computed again: it has dropout
+        return self._again(lambda qkv: self.attn.proj(take(self.attn.mix(qkv, grid, bias), ids)), qkv)
+
+    def _norm_and_expand(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.norm1(x)
+        return x, self.mlp.fc1(x)
+
+    def _again(self, function: Callable, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return again(function, x) if self.recompute == "activations" else function(x)
 
 
 def global_block(c: EncoderConfig, width: int, heads: int, drop_path: float = 0.0) -> Block:
     dropout = BranchDropout(nn.Dropout(c.dropout), *([DropPath(drop_path)] if drop_path else []))
     layer = GlobalAttention(width, heads, c.attention_dropout, c.attention)
-    return Block(layer, width, c.mlp_ratio, c.norm, c.norm_eps, dropout)
+    return Block(layer, width, c.mlp_ratio, c.norm, c.norm_eps, dropout, c.recompute)
 
 
 class SpectrogramNorm(nn.BatchNorm2d):
@@ -519,7 +594,8 @@ class Decoder(nn.Module):
             c.bias_dropout,
             c.impl,
         )
-        return Block(attention, c.decoder_width, c.mlp_ratio, "res-post", c.norm_eps, nn.Dropout(c.dropout))
+        dropout = nn.Dropout(c.dropout)
+        return Block(attention, c.decoder_width, c.mlp_ratio, "res-post", c.norm_eps, dropout, c.recompute)
 
     def _window(self, grid: Grid) -> Grid:
         """A window no larger than the grid."""
@@ -572,11 +648,16 @@ class Decoder(nn.Module):
             tokens = torch.cat([x[:, :prefix] + prefix_positions, tokens], dim=1)
         x = self.input_norm(tokens)
         offsets = self._offsets(grid)
-        for block in self.blocks:
-            window = (grid, offsets) if isinstance(block.attn, WindowAttention) else ()
-            x = self.layer_drop(x, block(x, *window))
-        masked = (ids_masked + prefix)[:, :, None].expand(-1, -1, x.shape[2])
-        return self.norm(x.gather(1, masked))
+        *inner, last = self.blocks
+        for block in inner:
+            x = self.layer_drop(x, block(x, *self._context(block, grid, offsets)))
+        masked = ids_masked + prefix  # nobody reads the other tokens after the last attention
+        y = last(x, *self._context(last, grid, offsets), ids=masked)
+        return self.norm(self.layer_drop(take(x, masked), y))
+
+    @staticmethod
+    def _context(block: Block, grid: Grid, offsets: Tensor) -> tuple:
+        return (grid, offsets) if isinstance(block.attn, WindowAttention) else ()
 
     def forward_packed(self, latent: Tensor, rows: Rows) -> Tensor:
         """`forward` of packed rows: (total, D) with prefix -> (total, decoder width), the masked tokens."""
@@ -650,7 +731,8 @@ class CrossDecoder(nn.Module):
     @staticmethod
     def _block(c: MAEConfig) -> Block:
         layer = CrossAttention(c.decoder_width, c.width, c.decoder_heads, c.attention_dropout, c.attention)
-        return Block(layer, c.decoder_width, c.mlp_ratio, c.norm, c.norm_eps, nn.Dropout(c.dropout))
+        dropout = nn.Dropout(c.dropout)
+        return Block(layer, c.decoder_width, c.mlp_ratio, c.norm, c.norm_eps, dropout, c.recompute)
 
     def choose(self, mask: Mask) -> Mask:
         """The mask with max(1, int(M * decode_ratio)) of each row's M masked tokens, uniformly drawn, ascending."""

@@ -269,6 +269,19 @@ def test_half_precision(case):
         assert out.loss.dtype == torch.float32 and abs(out.loss.item() / exact - 1) < 0.05
 
 
+@pytest.mark.parametrize("case", ["window", "global", "cross", "mae_ast_patch"])
+def test_recomputation_changes_nothing(case):
+    results = []
+    for recompute in ("none", "activations", "blocks"):
+        model, _ = build(case, recompute=recompute)
+        torch.manual_seed(3)
+        _, result = step_together(model, batch(), None, LENGTHS)
+        results.append(result)
+    for result in results[1:]:
+        for name, expected in results[0].items():
+            close(result[name], expected)
+
+
 # -- statistics and regularisation ---------------------------------------------------------------------------
 
 
