@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from budget import compare
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils import _pytree as pytree
 
 import audiomae
 from audiomae import Mask
@@ -353,6 +354,13 @@ def test_given_ragged_masks():
         [1, 2, 4],
         [0, -1, -1],
     ]
+    leaves, spec = pytree.tree_flatten(mask)
+    back = pytree.tree_unflatten(leaves, spec)
+    assert type(back) is RaggedMask and (back.kept, back.masked, back.tokens) == (
+        mask.kept,
+        mask.masked,
+        (5, 2),
+    )
     moved = mask.to("meta")
     assert moved.ids_masked.is_meta and moved.kept == mask.kept
     for ids, tokens, error, message in (
