@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -232,17 +232,16 @@ class Trainer:
         lr = schedule(c.schedule, self.step, self.total, self.warmup, lr, c.min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        for i, batch in enumerate(micro):
+        inputs = [self._inputs(batch, _MASKS, self.step, i) for i, batch in enumerate(micro)]
+        weights = self._weights([mask for _, mask, _ in inputs])
+        for i, (batch, weight) in enumerate(zip(micro, weights, strict=True)):
             self.failures.add(batch.failures)
-            spectrogram = self._spectrogram(batch)
-            mask = self._mask(spectrogram, _MASKS, self.step, i)
-            # Equal micro-batches on all processes: the mean of their means is the joined batch's.
             with synchronise(self.wrapped, last=i == len(micro) - 1):
                 with self._autocast():
-                    out = self.wrapped(spectrogram, mask)
-                self.scaler.scale(out.loss / len(micro)).backward()
+                    out = self.wrapped(*inputs[i])
+                self.scaler.scale(out.loss * weight).backward()
             for name, value in {"loss": out.loss, **out.losses}.items():
-                value = value.detach().double()
+                value = value.detach().double() * weight
                 self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._clips += len(batch)
         self.scaler.unscale_(self.optimizer)
@@ -257,25 +256,51 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
-    def _spectrogram(self, batch: Batch, random_start: bool = True) -> Tensor:
-        """(B, T, F) on the device."""
+    def _inputs(
+        self, batch: Batch, *stream: int, random_start: bool = True
+    ) -> tuple[Tensor, Mask | tuple[Mask, ...], list[int]]:
+        """What the model takes: (B, T, F) on the device, masks, and each clip's number of valid frames."""
         waveform, lengths = batch.waveform.to(self.device, non_blocking=True), batch.lengths
-        if self.frontend.frames is None:
+        if self.frontend.frames is None and self.model.config.pad == "attend":
             waveform, lengths = _cut_to_shortest(waveform, lengths, batch.seeds if random_start else None)
-        return self.frontend(waveform, lengths)
+        spectrogram = self.frontend(waveform, lengths)
+        frames = self.frontend.num_frames(lengths).tolist()
+        return spectrogram, self._mask(spectrogram, frames, *stream), frames
 
-    def _mask(self, spectrogram: Tensor, *stream: int) -> Mask | tuple[Mask, ...]:
-        """This process's rows of the masks of all processes: they do not depend on how many there are."""
-        clips, ranks = len(spectrogram), self.processes.world_size
+    def _mask(self, spectrogram: Tensor, frames: list[int], *stream: int) -> Mask | tuple[Mask, ...]:
+        """This process's rows of the masks of all processes: they do not depend on how many there are.
+
+        Unless masks depend on the clips' lengths (`pad="exclude"`), of which a process knows its own only.
+        """
+        clips, ranks, rank = len(spectrogram), self.processes.world_size, self.processes.rank
+        if self.model.config.pad == "exclude":
+            stream, ranks, rank = (*stream, rank), 1, 0
         generator = torch.Generator(self.device).manual_seed(_entropy(self.config.seed, *stream))
-        rows = slice(self.processes.rank * clips, (self.processes.rank + 1) * clips)
+        lengths = frames if self.model.config.pad == "exclude" else None
 
         def draw() -> Mask:
-            mask = self.model.draw_mask(clips * ranks, spectrogram.shape[1], generator, self.device)
-            return Mask(mask.ids_keep[rows], mask.ids_masked[rows], mask.num_tokens)
+            mask = self.model.draw_mask(
+                clips * ranks, spectrogram.shape[1], generator, self.device, lengths=lengths
+            )
+            size = len(mask.ids_keep) // ranks  # several masks of each clip, perhaps
+            rows = slice(rank * size, (rank + 1) * size)
+            return replace(mask, ids_keep=mask.ids_keep[rows], ids_masked=mask.ids_masked[rows])
 
         passes = getattr(self.model.config, "passes", 1)
         return draw() if passes == 1 else tuple(draw() for _ in range(passes))
+
+    def _weights(self, masks: list[Mask | tuple[Mask, ...]]) -> list[float]:
+        """Of the micro-batches' losses, such that the mean over the processes is the joined batch's.
+
+        Losses are means over masked tokens. These are equally many in each micro-batch, unless clips keep their own
+        lengths.
+        """
+        if self.model.config.pad == "attend":
+            return [1 / len(masks)] * len(masks)
+        last = [mask[-1] if isinstance(mask, tuple) else mask for mask in masks]
+        counts = [sum(mask.masked) for mask in last]
+        total = self.processes.sum(torch.tensor(sum(counts))).item()
+        return [count * self.processes.world_size / max(1, total) for count in counts]
 
     def _autocast(self) -> AbstractContextManager:
         dtype = _DTYPES.get(self.config.precision)
@@ -305,7 +330,7 @@ class Trainer:
         """One line about the steps since the last one. The only place in a step that waits for the device."""
         steps = self.step - self._first
         names = list(self._sums)
-        values = torch.stack([self._sums[name] for name in names]) / (steps * self.config.accumulate)
+        values = torch.stack([self._sums[name] for name in names]) / steps
         extra = torch.tensor([self._clips, self.failures.total], dtype=values.dtype, device=values.device)
         summed = self.processes.sum(torch.cat([values, extra])).tolist()
         losses = {n: v / self.processes.world_size for n, v in zip(names, summed, strict=False)}
@@ -338,21 +363,26 @@ class Trainer:
         self.train_loss = losses["loss"]
         self._restart_interval()
 
-    @torch.no_grad()
-    def _validate(self) -> None:
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """For evaluation between steps: leaves the random streams and the mode of training alone."""
+        devices = [self.device] if self.device.type == "cuda" else []
         self.model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices), self._autocast():
+            torch.manual_seed(self.config.seed)
+            yield
+        self.model.train()
+
+    def _validate(self) -> None:
         total: dict[str, Tensor] = {}
         clips = 0
-        for number, batch in enumerate(self.val_loader):
-            self.failures.add(batch.failures)
-            spectrogram = self._spectrogram(batch, random_start=False)
-            mask = self._mask(spectrogram, _VALIDATION_MASKS, number)
-            with self._autocast():
-                out = self.model(spectrogram, mask)
-            for name, value in {"loss": out.loss, **out.losses}.items():
-                total[name] = total.get(name, 0.0) + value.double() * len(batch)
-            clips += len(batch)
-        self.model.train()
+        with self._aside():
+            for number, batch in enumerate(self.val_loader):
+                self.failures.add(batch.failures)
+                out = self.model(*self._inputs(batch, _VALIDATION_MASKS, number, random_start=False))
+                for name, value in {"loss": out.loss, **out.losses}.items():
+                    total[name] = total.get(name, 0.0) + value.double() * len(batch)
+                clips += len(batch)
         values = torch.stack(list(total.values()))
         values = self.processes.sum(torch.cat([values, values.new_tensor([clips])])).tolist()
         losses = {f"val_{name}": value / values[-1] for name, value in zip(total, values, strict=False)}
@@ -368,13 +398,9 @@ class Trainer:
         if self.processes.first and find_spec("matplotlib") is None and not self.config.fsdp:
             return
         batch = collate([self.shown[0, i] for i in range(min(3, len(self.shown)))])
-        spectrogram = self._spectrogram(batch, random_start=False)
-        generator = torch.Generator(self.device).manual_seed(_entropy(self.config.seed, _PICTURE))
-        mask = self.model.draw_mask(len(spectrogram), spectrogram.shape[1], generator, self.device)
-        self.model.eval()
-        with self._autocast():
-            images = reconstruct(self.model, spectrogram, mask)
-        self.model.train()
+        with self._aside():
+            spectrogram, _, _ = self._inputs(batch, _PICTURE, random_start=False)
+            images = reconstruct(self.model, spectrogram)
         if self.processes.first and find_spec("matplotlib") is not None:
             folder = self.config.folder / "pictures"
             folder.mkdir(exist_ok=True)

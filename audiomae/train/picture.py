@@ -20,48 +20,55 @@ def reconstruct(
 
     Args:
         model: with a reconstruction loss.
-        spectrogram: (B, T, F) normalised log-mel.
+        spectrogram: (B, T, F) normalised log-mel, as long as it is shown.
         mask: one row for each clip; None draws one.
 
     Returns:
         Three (B, T, F) float32 tensors: the spectrogram as the model's target has it (MAE-AST normalises it once
         more); the same, NaN where masked; the same, predictions where masked. Where the target is normalised patch
         by patch, a prediction gets back the mean and the variance of the patch it stands for, since the model is not
-        asked for them.
+        asked for them. Masked tokens that the model does not decode (`decode_ratio`) stay NaN.
 
     Raises:
         ValueError: the model does not reconstruct.
     """
     c = model.config
+    if mask is None:
+        mask = model.draw_mask(len(spectrogram), spectrogram.shape[1], device=spectrogram.device)
+        step = len(mask.ids_keep) // len(spectrogram)  # of several masks of a clip, the first
+        mask = Mask(mask.ids_keep[::step], mask.ids_masked[::step], mask.num_tokens)
     out = model(spectrogram, mask)
     if out.pred is None:
         raise ValueError(
             "this model has no reconstruction loss (reconstruction_weight=0), so there is nothing to see"
         )
     original = model.spectrogram_norm(spectrogram).float()
-    values = out.pred.float()
+    ids, values = out.get("ids_decoded", mask.ids_masked), out.pred.float()
     if getattr(c, "normalize_target", False):
-        patches = patch_gather(original, out.mask.ids_masked, patch=c.patch, stride=c.stride)
+        patches = patch_gather(original, ids.clamp(min=0), patch=c.patch, stride=c.stride)
         variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
         values = values * (variance + 1e-6).sqrt() + mean
-    total, count = _scatter(original, out.mask.ids_masked, values, c)
+    total, count = _scatter(original, ids, values, c)
     # With overlapping patches a value may be seen in one and masked in another: it was seen.
-    _, seen = _scatter(original, out.mask.ids_keep, None, c)
-    hidden = (count > 0) & (seen == 0)
+    _, masked = _scatter(original, mask.ids_masked, None, c)
+    _, seen = _scatter(original, mask.ids_keep, None, c)
+    hidden = (masked > 0) & (seen == 0)
     return original, original.masked_fill(hidden, torch.nan), torch.where(hidden, total / count, original)
 
 
 def _scatter(like: Tensor, ids: Tensor, values: Tensor | None, c) -> tuple[Tensor, Tensor]:
-    """Sums (B, T, F) of the patches' values at their places, and how many patches reach each place."""
-    bands = c.grid(like.shape[1])[1]
-    frames = ids.div(bands, rounding_mode="floor")[:, :, None] * c.step[0] + torch.arange(
-        c.patch[0], device=ids.device
+    """Sums (B, T, F) of the patches' values at their places, and how many patches reach each place; -1 is none."""
+    bands, valid = c.grid(like.shape[1])[1], (ids >= 0)[:, :, None].to(like.dtype)
+    steps = [torch.arange(size, device=ids.device) for size in c.patch]
+    ids = ids.clamp(min=0)[:, :, None]
+    frames, bins = (
+        ids.div(bands, rounding_mode="floor") * c.step[0] + steps[0],
+        ids % bands * c.step[1] + steps[1],
     )
-    bins = (ids % bands)[:, :, None] * c.step[1] + torch.arange(c.patch[1], device=ids.device)
-    places = (frames[:, :, :, None] * like.shape[2] + bins[:, :, None, :]).flatten(1)  # (B, M * V)
+    places = (frames[:, :, :, None] * like.shape[2] + bins[:, :, None, :]).flatten(2)  # (B, M, V)
     zeros = torch.zeros_like(like).flatten(1)
-    count = zeros.scatter_add(1, places, torch.ones_like(places, dtype=like.dtype))
-    total = zeros if values is None else zeros.scatter_add(1, places, values.flatten(1))
+    count = zeros.scatter_add(1, places.flatten(1), valid.expand_as(places).flatten(1))
+    total = zeros if values is None else zeros.scatter_add(1, places.flatten(1), (values * valid).flatten(1))
     return total.view_as(like), count.view_as(like)
 
 

@@ -65,6 +65,17 @@ def test_a_perfect_prediction_gives_the_original(name):
     torch.testing.assert_close(reconstruction, original, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("decoder", ["window", "cross"])
+def test_what_is_not_decoded_stays_hidden(decoder):
+    fields = MODELS["audiomae_small"] | {"decoder": decoder, "decode_ratio": 0.5, "masks_per_clip": 3}
+    model = audiomae.create_model("audiomae_small", **fields).eval()
+    spectrogram = torch.randn(2, 64, 128)
+    original, masked, reconstruction = reconstruct(model, spectrogram)
+    assert masked.shape == (2, 64, 128) and torch.equal(original, spectrogram)
+    hidden, left = masked.isnan(), reconstruction.isnan()
+    assert left.any() and (hidden & ~left).any() and not (left & ~hidden).any()
+
+
 def test_drawing(tmp_path):
     model = audiomae.create_model("audiomae_small", **MODELS["audiomae_small"]).eval()
     images = reconstruct(model, torch.randn(3, 64, 128), Mask.random(3, 32, 0.8))

@@ -1,6 +1,7 @@
 """Two processes: gradients of the joined batch, and runs that are stopped and resumed."""
 
 import pytest
+import soundfile
 import torch
 from pretraining import (
     assert_same_bits,
@@ -81,13 +82,36 @@ def test_batch_statistics_are_taken_per_process(clips, tmp_path):
         trainer = Trainer(tiny(clips, tmp_path / "0", batch_size=4, accumulate=1, **settings), processes)
         trainer._restart_interval()
         batch = next(trainer._batches())
-        spectrogram = trainer._spectrogram(batch)
-        mask = trainer._mask(spectrogram, 3, 0, 0)
+        spectrogram, mask, _ = trainer._inputs(batch, 3, 0, 0)
         for rows in (slice(0, 2), slice(2, 4)):
             part = audiomae.Mask(mask.ids_keep[rows], mask.ids_masked[rows], mask.num_tokens)
             (trainer.model(spectrogram[rows], part).loss / 2).backward()
         expected = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
     assert_close(found, expected, "DDP")
+
+
+@pytest.mark.parametrize("model", ["audiomae_small", "ssast_patch_tiny"])
+def test_clips_of_their_own_lengths(tmp_path, model):
+    """Micro-batches weigh by their masked tokens, as all clips together would in one batch."""
+    clips = make_clips(tmp_path / "clips", count=4)
+    for i in range(2):
+        samples, rate = soundfile.read(clips / f"{i:02}.wav")
+        soundfile.write(clips / f"{i:02}.wav", samples[: 4000 + 1000 * i], rate)
+    overrides = NO_DROPOUT[model] | {"pad": "exclude"} | ({"passes": 1} if "ssast" in model else {})
+    config = tiny(clips, tmp_path / "run", model=model, overrides=overrides, batch_size=2, accumulate=2)
+    found = gradients(config)
+    with Processes("cpu") as processes:
+        trainer = Trainer(config, processes)
+        batches = trainer._batches()
+        inputs = [trainer._inputs(next(batches), 3, 0, i) for i in range(2)]
+        spectrogram = torch.cat([spectrogram for spectrogram, _, _ in inputs])
+        rows = [(row[:kept], kept + masked) for _, mask, _ in inputs
+                for row, kept, masked in zip(mask.ids_keep, mask.kept, mask.masked, strict=True)]  # fmt: skip
+        assert len({tokens for _, tokens in rows}) > 1
+        mask = audiomae.Mask.from_keep(*map(list, zip(*rows, strict=True)))
+        trainer.model(spectrogram, mask, [n for _, _, frames in inputs for n in frames]).loss.backward()
+        expected = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+    assert_close(found, expected, model)
 
 
 @pytest.mark.parametrize("fsdp", [False, True])

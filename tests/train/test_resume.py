@@ -59,6 +59,12 @@ CASES = {
     "audiomae-bf16": {"model": "audiomae_small", "precision": "bf16"},
     "audiomae-fp16": {"model": "audiomae_small", "precision": "fp16"},
     "mae_ast": {"model": "mae_ast_patch_base", "clip_grad": 1.0, "batch_size": 1, "steps": 7},
+    "lengths": {"model": "audiomae_small", "overrides": {"pad": "exclude", "masks_per_clip": 2}},
+    "cross": {
+        "model": "audiomae_small",
+        "overrides": {"decoder": "cross", "decode_ratio": 0.5},
+        "picture_every": 2,
+    },
     "ssast": {"model": "ssast_patch_tiny", "optimizer": "adam", "schedule": "plateau", "val_every": 2},
 }
 
