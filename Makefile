@@ -70,7 +70,7 @@ help: ## list the targets
 
 venv: $(STAMPS)/torch ## create .venv with PyTorch and the build tools
 
-install: $(STAMPS)/audio ## install the package into .venv, to use it: .venv/bin/audiomae
+install: $(STAMPS)/train ## install the package into .venv, to use it: .venv/bin/audiomae
 
 native: $(STAMPS)/native ## build the native CPU library into the checkout
 	@test -f $(LIBRARY)
@@ -145,7 +145,7 @@ $(STAMPS)/native: CMakeLists.txt setup.py $(wildcard kernels/csrc/*) | $(STAMPS)
 	@$(PY) setup.py -q build_ext --inplace
 	@! test -f $(LIBRARY) || touch $@
 
-$(STAMPS)/audio $(STAMPS)/bench $(STAMPS)/dev: pyproject.toml setup.py | $(STAMPS)/torch $(STAMPS)/native
+$(STAMPS)/train $(STAMPS)/bench $(STAMPS)/dev: pyproject.toml setup.py | $(STAMPS)/torch $(STAMPS)/native
 	@echo "Installing audiomae[$(@F)] into .venv"
 	@$(PIP) -c .venv/constraints.txt --no-build-isolation -e '.[$(@F)]'
 	@$(PY) -c "$$SAY_NATIVE"

@@ -120,22 +120,20 @@ def run(rank, config):
     pretrain(config)
 
 
-def gradients(config):
-    """{name: gradient} of the first step, on every process the same."""
+def gradients(config, processes):
+    """{name: gradient} of the first step, in every process the same."""
+    trainer = Trainer(config, processes)
+    trainer._restart_interval()
+    batches = trainer._batches()
+    trainer.optimizer.zero_grad = lambda set_to_none: None
+    trainer._step([next(batches) for _ in range(config.accumulate)])
+    found = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}
+
+
+def write_gradients(rank, configs, path):
+    """Of each of the configurations {name: configuration}."""
     with Processes("cpu") as processes:
-        trainer = Trainer(config, processes)
-        trainer._restart_interval()
-        batches = trainer._batches()
-        trainer.optimizer.zero_grad = lambda set_to_none: None
-        trainer._step([next(batches) for _ in range(config.accumulate)])
-        full = {}
-        for name, parameter in trainer.model.named_parameters():
-            gradient = parameter.grad
-            full[name] = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-        return full
-
-
-def write_gradients(rank, config, path):
-    found = gradients(config)
+        found = {name: gradients(config, processes) for name, config in configs.items()}
     if rank == 0:
         torch.save(found, path)

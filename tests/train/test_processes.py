@@ -1,5 +1,7 @@
 """Two processes: gradients of the joined batch, and runs that are stopped and resumed."""
 
+import shutil
+
 import pytest
 import soundfile
 import torch
@@ -46,48 +48,50 @@ def assert_close(found, expected, what):
         assert error < 1e5**0.5 * 2**-24, f"{what}: {name} differs by {error:.1e}"
 
 
-@pytest.mark.parametrize("model", ["audiomae_small", "ssast_patch_tiny"])
-def test_gradients_are_those_of_the_joined_batch(clips, tmp_path, model):
-    """Two micro-batches of two clips in one process; of one in two, replicated and sharded; and one of four."""
-    settings = {"model": model, "overrides": NO_DROPOUT[model]}
-    joined = gradients(tiny(clips, tmp_path / "0", batch_size=4, accumulate=1, **settings))
-    assert all(gradient.abs().sum() > 0 for gradient in joined.values())
-    for fsdp in (False, True):
-        config = tiny(clips, tmp_path / "1", batch_size=2, accumulate=1, fsdp=fsdp, **settings)
-        torchrun(write_gradients, 2, config, tmp_path / "gradients.pt")
-        assert_close(torch.load(tmp_path / "gradients.pt"), joined, "FSDP2" if fsdp else "DDP")
+def settings(model, **more):
+    return {"model": model, "overrides": NO_DROPOUT[model], "accumulate": 1, "batch_size": 2, **more}
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_accumulation_is_the_joined_batch(clips, tmp_path, fsdp):
-    """Two processes, two micro-batches: the same clips and masks as one process with two larger micro-batches."""
-    settings = {"overrides": NO_DROPOUT["audiomae_small"], "accumulate": 2}
-    joined = gradients(tiny(clips, tmp_path / "0", batch_size=4, **settings))
-    torchrun(
-        write_gradients,
-        2,
-        tiny(clips, tmp_path / "1", batch_size=2, fsdp=fsdp, **settings),
-        tmp_path / "g.pt",
-    )
-    assert_close(torch.load(tmp_path / "g.pt"), joined, f"fsdp={fsdp}")
+#: Two clips in each of two processes.
+TWO = {
+    "DDP": settings("audiomae_small"),
+    "FSDP2": settings("audiomae_small", fsdp=True),
+    "DDP, two micro-batches": settings("audiomae_small", accumulate=2),
+    "FSDP2, two micro-batches": settings("audiomae_small", accumulate=2, fsdp=True),
+    "SSAST, DDP": settings("ssast_patch_tiny"),
+    "SSAST, FSDP2": settings("ssast_patch_tiny", fsdp=True),
+    "MAE-AST, DDP": settings("mae_ast_patch_base"),
+}
 
 
-def test_batch_statistics_are_taken_per_process(clips, tmp_path):
-    """MAE-AST's input norm, as published: so two processes are two micro-batches, not the joined batch."""
-    settings = {"model": "mae_ast_patch_base", "overrides": NO_DROPOUT["mae_ast_patch_base"]}
-    config = tiny(clips, tmp_path / "1", batch_size=2, accumulate=1, **settings)
-    torchrun(write_gradients, 2, config, tmp_path / "g.pt")
-    found = torch.load(tmp_path / "g.pt")
+@pytest.fixture(scope="module")
+def two_processes(clips, tmp_path_factory):
+    """The gradients of two processes."""
+    folder = tmp_path_factory.mktemp("gradients")
+    configs = {name: tiny(clips, folder / "run", **given) for name, given in TWO.items()}
+    torchrun(write_gradients, 2, configs, folder / "gradients.pt")
+    return torch.load(folder / "gradients.pt")
+
+
+@pytest.mark.parametrize("case", [name for name in TWO if "MAE-AST" not in name])
+def test_gradients_are_those_of_the_joined_batch(two_processes, clips, tmp_path, case):
+    """The same clips and masks in one process, two clips more in each micro-batch."""
     with Processes("cpu") as processes:
-        trainer = Trainer(tiny(clips, tmp_path / "0", batch_size=4, accumulate=1, **settings), processes)
-        trainer._restart_interval()
-        batch = next(trainer._batches())
-        spectrogram, mask, _ = trainer._inputs(batch, 3, 0, 0)
+        joined = gradients(tiny(clips, tmp_path, **TWO[case] | {"batch_size": 4, "fsdp": False}), processes)
+    assert all(gradient.abs().sum() > 0 for gradient in joined.values())
+    assert_close(two_processes[case], joined, case)
+
+
+def test_batch_statistics_are_taken_per_process(two_processes, clips, tmp_path):
+    """MAE-AST's input norm, as published: so two processes are two micro-batches, not the joined batch."""
+    with Processes("cpu") as processes:
+        trainer = Trainer(tiny(clips, tmp_path, **TWO["MAE-AST, DDP"] | {"batch_size": 4}), processes)
+        spectrogram, mask, _ = trainer._inputs(next(trainer._batches()), 3, 0, 0)
         for rows in (slice(0, 2), slice(2, 4)):
             part = audiomae.Mask(mask.ids_keep[rows], mask.ids_masked[rows], mask.num_tokens)
             (trainer.model(spectrogram[rows], part).loss / 2).backward()
         expected = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
-    assert_close(found, expected, "DDP")
+    assert_close(two_processes["MAE-AST, DDP"], expected, "DDP")
 
 
 @pytest.mark.parametrize("model", ["audiomae_small", "ssast_patch_tiny"])
@@ -99,8 +103,8 @@ def test_clips_of_their_own_lengths(tmp_path, model):
         soundfile.write(clips / f"{i:02}.wav", samples[: 4000 + 1000 * i], rate)
     overrides = NO_DROPOUT[model] | {"pad": "exclude"} | ({"passes": 1} if "ssast" in model else {})
     config = tiny(clips, tmp_path / "run", model=model, overrides=overrides, batch_size=2, accumulate=2)
-    found = gradients(config)
     with Processes("cpu") as processes:
+        found = gradients(config, processes)
         trainer = Trainer(config, processes)
         batches = trainer._batches()
         inputs = [trainer._inputs(next(batches), 3, 0, i) for i in range(2)]
@@ -119,18 +123,12 @@ def test_two_processes_stopped_and_resumed(clips, tmp_path, fsdp):
     """Bit for bit; the model that comes out is whole, and one process can read it."""
     settings = {"accumulate": 1, "fsdp": fsdp, "val_data": [str(clips)]}
     torchrun(run, 2, tiny(clips, tmp_path / "whole", **settings))
-    torchrun(run, 2, tiny(clips, tmp_path / "parts", **settings, steps=5))
-    resumed = tiny(clips, tmp_path / "parts", **settings, resume=True)
-    # The schedule depends on the number of steps, so the first part is cut out of a whole run.
-    for step in (5, 8):
-        path = tmp_path / "parts" / "checkpoints" / f"step-{step:08d}" / "complete.json"
-        path.unlink(missing_ok=True)
-    first = Checkpoints(tmp_path / "parts" / "checkpoints").latest()
-    assert first.step == 3
-    whole = Checkpoints(tmp_path / "whole" / "checkpoints")
-    for source in next(c for c in whole.complete() if c.step == 3).path.iterdir():
-        (first.path / source.name).write_bytes(source.read_bytes())
-    torchrun(run, 2, resumed)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    folder = Checkpoints(tmp_path / "parts" / "checkpoints")
+    for checkpoint in list(folder.complete())[:-1]:
+        shutil.rmtree(checkpoint.path)
+    assert folder.latest().step == 3
+    torchrun(run, 2, tiny(clips, tmp_path / "parts", **settings, resume=True))
     models = [audiomae.load(tmp_path / name / "model").state_dict() for name in ("parts", "whole")]
     assert_same_bits(*models)
     if fsdp:

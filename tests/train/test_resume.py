@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,9 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretraining import assert_same_bits, leaves, make_clips, start, state_of, tiny
+from pretraining import MODELS, assert_same_bits, leaves, make_clips, start, state_of, tiny
 
 import audiomae
+from audiomae.cli import main
+from audiomae.data import recordings
 from audiomae.train import Checkpoints, Trainer, TrainingError, pretrain
 from audiomae.train import checkpoints as checkpoints_module
 
@@ -159,6 +163,20 @@ def test_command_and_a_signal_to_the_whole_group(clips, tmp_path):
     assert "asked to end (SIGTERM)" in out and "Traceback" not in out
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest().step >= 1
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_the_command_in_the_readme(clips, tmp_path, monkeypatch, capsys):
+    """As it stands there but for the model's size, on the recordings that come along."""
+    root = Path(__file__).parents[2]
+    (line,) = re.findall(r"^audiomae (pretrain .*)$", (root / "README.md").read_text(), flags=re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(line.replace("audiomae/recordings", str(recordings()[0].parent)))
+    assert main([*words, "--model-overrides", json.dumps(MODELS["audiomae_small"])]) == 0
+    assert "step 20/20" in capsys.readouterr().out
+    run = tmp_path / "runs" / "first"
+    assert Checkpoints(run / "checkpoints").latest().step == 20 and metrics(run)[-1]["step"] == 20
+    assert [path.name for path in (run / "pictures").iterdir()] == ["step-00000020.png"]
+    assert audiomae.load(run / "model").config.frames == 64 and (run / "config.yaml").exists()
 
 
 # -- what cannot be written ----------------------------------------------------------------------------------
