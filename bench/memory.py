@@ -1,4 +1,4 @@
-"""Two figures: what autograd keeps for the backward pass, and the peak of a fresh process."""
+"""What autograd keeps for the backward pass, and the peak of a fresh process, with or without a limit."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .registry import Case
+
+# A limited process may map so much more than its budget: stacks of threads, and what allocators round up.
+_SLACK = 256 * 2**20
 
 
 class _Storages(TorchDispatchMode):
@@ -78,14 +81,29 @@ def _max_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _peak_of_step(case: Case, device: str, threads: int, spectrogram, connection) -> None:
+def _limit(budget: int, device: str) -> None:
+    """Make allocations fail beyond so many bytes from now on, in this process alone."""
+    if device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / torch.cuda.mem_get_info()[1]))
+    elif mapped := _status("VmData"):
+        resource.setrlimit(resource.RLIMIT_DATA, (mapped + budget + _SLACK,) * 2)
+
+
+def _peak_of_step(case: Case, device: str, threads: int, spectrogram, budget, connection) -> None:
     from .providers import Step, allocate, make_optimizer
 
     try:
         torch.set_num_threads(threads)
         before = _status("VmRSS") or _max_rss()
+        if budget is not None:
+            _limit(budget, device)
         model = allocate(case, device)
-        step = Step(case, model, spectrogram.to(device), make_optimizer(model))
+        optimizer = make_optimizer(model) if case.mode == "training" else None
+        if isinstance(spectrogram, int):
+            spectrogram = torch.randn(case.batch, spectrogram, case.config().mel_bins)
+        step = Step(case, model, spectrogram.to(device), optimizer)
+        if case.provider == "compiled":  # compiling is not what is measured
+            step()
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             step()
@@ -109,11 +127,17 @@ def _context():
     return context
 
 
-def peak_bytes(case: Case, device: str, threads: int, spectrogram: torch.Tensor) -> int:
-    """Peak memory of one training step in a process of its own: weights, optimizer state, activations.
+def peak_bytes(
+    case: Case, device: str, threads: int, spectrogram: torch.Tensor | int, budget: int | None = None
+) -> int:
+    """Peak memory of one step in a process of its own: weights, and in training gradients and optimizer state.
 
     On a CPU the resident set's peak during the step, above what it was before the model was built; on a GPU
     the peak of PyTorch's allocator.
+
+    Args:
+        spectrogram: (B, T, F), or T alone for noise that the process makes itself.
+        budget: bytes that the process may allocate (None: no limit). What needs more fails there and harms nobody else.
 
     Raises:
         MemoryError: the process was killed or ran out of memory.
@@ -122,7 +146,7 @@ def peak_bytes(case: Case, device: str, threads: int, spectrogram: torch.Tensor)
     context = _context()
     receive, send = context.Pipe(duplex=False)
     process = context.Process(
-        target=_peak_of_step, args=(case, device, threads, spectrogram, send), daemon=True
+        target=_peak_of_step, args=(case, device, threads, spectrogram, budget, send), daemon=True
     )
     process.start()
     send.close()
@@ -132,6 +156,8 @@ def peak_bytes(case: Case, device: str, threads: int, spectrogram: torch.Tensor)
         process.join()
         if process.exitcode == -9:
             raise MemoryError("killed, out of memory") from None
+        if budget is not None and process.exitcode == -6:  # C++ that could not allocate
+            raise MemoryError("ended at its limit of memory") from None
         raise RuntimeError(f"the process ended with exit status {process.exitcode}") from None
     finally:
         receive.close()

@@ -59,7 +59,11 @@ def describe(error: BaseException) -> str:
     text = str(error).strip()
     if isinstance(error, ProviderError):
         return text
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in text:
+    if (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "not enough memory" in text
+        or "bad_alloc" in text
+    ):
         return "out of memory"
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
 
