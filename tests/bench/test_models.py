@@ -23,7 +23,7 @@ OVERRIDES = {
 def tiny(monkeypatch):
     """Toy models, and ceilings from small buffers."""
     monkeypatch.setattr(models.Ceilings, "measure", quick_ceilings)
-    monkeypatch.setattr(models, "cases", lambda m, d, b, f, o: registry.cases(m, d, b, f, OVERRIDES))
+    monkeypatch.setattr(models, "cases", lambda m, d, at, p, o: registry.cases(m, d, at, p, OVERRIDES))
 
 
 def quick_ceilings(self, rows, device, write):
@@ -179,7 +179,13 @@ def test_peak_contains_weights_gradients_and_moments():
             "--dtypes: there is no 'fp8' here; choose from fp32 or float32, bf16 or",
         ),
         (["models", "--rounds", "0"], "expected a positive whole number"),
-        (["models", "--frames", "100"], "multiple of 64"),
+        (["models", "--frames", "100"], "multiple of 16"),
+        (["models", "--mask-ratios", "1.5"], "expected a share between 0 and 1, got '1.5'"),
+        (["models", "--modes", "sleeping"], "choose from training, inference, embeddings"),
+        (["models", "--providers", "jax"], "choose from plain, ours, compiled"),
+        (["models", "--memory-budget", "2"], "--memory-budget is for --largest-batch"),
+        (["models", "--largest-batch", "--memory-budget", "0"], "expected a positive number of gigabytes"),
+        (["models", "--largest-batch", "--batch-size", "2"], "finds its own batches"),
         (["models", "--quick", "--full"], "not allowed with"),
         ([], "required: LEVEL"),
     ],

@@ -11,14 +11,16 @@ COMMON = dict.fromkeys(results.COLUMNS, "") | {
 }  # fmt: skip
 
 
-def case(model, provider, passes=1, dtype="fp32"):
-    sizes = {"batch": 2, "frames": 1024, "tokens": 512, "kept": 100, "mode": "training"}
-    return {"model": model, "provider": provider, "passes": passes, "dtype": dtype, **sizes}
+def case(model, provider, passes=1, dtype="fp32", **other):
+    sizes = {"batch": 2, "frames": 1024, "mask_ratio": 0.8, "tokens": 512, "kept": 100, "mode": "training"}
+    return {"group": 0, "model": model, "provider": provider, "passes": passes, "dtype": dtype, **sizes, **other}
 
 
 def add_row(write, columns, seconds, saved=4e6, peak=8e6, flops=1e9):
-    for metric, value in (("saved", saved), ("peak", peak), ("flops", flops), ("floor", 0.25)):
+    sizes = {"weights": 16e6, "gradients": 16e6, "optimizer": 32e6}
+    for metric, value in {"saved": saved, "peak": peak, "flops": flops, "floor": 0.25, **sizes}.items():
         write.add(metric, value, **columns)
+    write.add("recomputed", None, note="activations" if columns["provider"] == "ours" else "none", **columns)
     for i, value in enumerate(seconds):
         write.add("seconds", value, round=i, **columns)
 
@@ -68,7 +70,7 @@ def test_a_wrong_row_has_an_error_and_no_number(record):
     text = report.text(results.read(record))
     line = next(line for line in text.splitlines() if line.startswith("| audiomae_base"))
     assert set(line.split("|")[4:-1]) == {cell for cell in line.split("|")[4:-1] if cell.strip() == "—"}
-    assert "audiomae_base, ours, fp32: wrong loss: 7, but the reference has 8" in text
+    assert "audiomae_base, ours, fp32, 2 clips of 512 tokens: wrong loss: 7, but the reference has 8" in text
 
 
 def test_table_figures(record):
@@ -77,7 +79,12 @@ def test_table_figures(record):
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     # rounds 0.5, 0.5, 1.5 s: too few for quantiles; 2 clips per step
     assert cells == [
-        "mae_ast_patch_base", "ours", "fp32", "4.00 (1.33 to 4.00)", "500", "1.0", "250", "50 %", "1", "2",
+        "mae_ast_patch_base", "ours", "fp32", "4.00 (1.33 to 4.00)", "500", "1.0", "250", "50 %",
+    ]  # fmt: skip
+    memory = text[text.index("### Memory") :]
+    line = next(line for line in memory.splitlines() if "mae_ast_patch_base" in line and "ours" in line)
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == [
+        "mae_ast_patch_base", "ours", "fp32", "16", "16", "32", "1", "2", "activations",
     ]  # fmt: skip
 
 
