@@ -27,7 +27,9 @@ def test_published_sizes():
 
 
 def test_kept_tokens_are_the_published_ones():
-    kept = {case.model: case.kept for case in cases(["audiomae_base", "mae_ast_patch_base"], ["fp32"], Point(1))}
+    kept = {
+        case.model: case.kept for case in cases(["audiomae_base", "mae_ast_patch_base"], ["fp32"], Point(1))
+    }
     assert kept == {"audiomae_base": 102, "mae_ast_patch_base": 128}
     assert Case("ssast_patch_base", "plain", "fp32", 1).kept == 112
 

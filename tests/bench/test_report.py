@@ -13,7 +13,15 @@ COMMON = dict.fromkeys(results.COLUMNS, "") | {
 
 def case(model, provider, passes=1, dtype="fp32", **other):
     sizes = {"batch": 2, "frames": 1024, "mask_ratio": 0.8, "tokens": 512, "kept": 100, "mode": "training"}
-    return {"group": 0, "model": model, "provider": provider, "passes": passes, "dtype": dtype, **sizes, **other}
+    return {
+        "group": 0,
+        "model": model,
+        "provider": provider,
+        "passes": passes,
+        "dtype": dtype,
+        **sizes,
+        **other,
+    }
 
 
 def add_row(write, columns, seconds, saved=4e6, peak=8e6, flops=1e9):
