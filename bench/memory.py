@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -41,11 +42,14 @@ class _Storages(TorchDispatchMode):
         return {key: size for key, (reference, size) in self.seen.items() if not reference.expired()}
 
 
-def saved_bytes(forward, parameters) -> tuple[int, torch.Tensor]:
+def saved_bytes(forward, parameters, watch: bool = True) -> tuple[int, torch.Tensor]:
     """Bytes of the distinct storages that `forward()` keeps for its backward pass, parameters excluded.
 
     Counted is what autograd has saved, an input of the step included, and whatever else the operators made
     and something but the result still holds when `forward` has returned, such as the inputs of checkpointed segments.
+
+    Args:
+        watch: look at the operators too. Compiled code does not run while something does, and checkpoints nothing.
 
     Returns:
         (bytes, the result of forward), the graph still alive.
@@ -58,7 +62,10 @@ def saved_bytes(forward, parameters) -> tuple[int, torch.Tensor]:
         saved[storage._cdata] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), storages:
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        storages if watch else nullcontext(),
+    ):
         result = forward()
     own |= {t.untyped_storage()._cdata for t in pytree.tree_leaves(result)} - saved.keys()
     kept = {**saved, **storages.alive()}

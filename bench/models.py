@@ -273,10 +273,8 @@ def probe(step: Step) -> Probe:
         embedding = result.float().mean(dim=1).cpu() if result.ndim else None
         return Probe(figure(result), embedding=embedding)
     try:
-        if step.case.provider == "compiled":  # what watches the memory would keep compiled code from running
-            step.forward().backward()
-            step.model.zero_grad(set_to_none=True)
-        saved, loss = saved_bytes(step.forward, step.model.parameters())
+        watch = step.case.provider != "compiled"
+        saved, loss = saved_bytes(step.forward, step.model.parameters(), watch)
         loss.backward()
         gradients = [p.grad for p in step.model.parameters() if p.grad is not None]
         norm = torch.stack([gradient.norm() for gradient in gradients]).double().norm()
