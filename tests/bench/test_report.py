@@ -1,6 +1,7 @@
 """From the CSV to the report, with figures that can be checked by hand."""
 
 import csv
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +125,50 @@ def test_a_csv_of_something_else_is_refused(tmp_path):
         pass
     with pytest.raises(ValueError, match="no measurements"):
         results.read(path)
+
+
+def test_lengths_and_mask_ratios(tmp_path):
+    """Rows of several points: each table says where, ratios stay within a group, and the curves are drawn."""
+    path = tmp_path / "m.csv"
+    points = [(0, 1024, 512, 100, 0.8), (1, 2048, 1024, 200, 0.8), (2, 1024, 512, 256, 0.5)]
+    with results.Writer(path, COMMON) as write:
+        for group, frames, tokens, kept, ratio in points:
+            where = {"group": group, "frames": frames, "tokens": tokens, "kept": kept, "mask_ratio": ratio}
+            slow = 1.0 if ratio == 0.8 else 10.0
+            for provider, seconds in (("plain", 2 * slow), ("ours", slow)):
+                add_row(write, case("audiomae_base", provider, **where), (seconds, seconds))
+    rows = report.collect(results.read(path))
+    assert [ratio.time()[0] for ratio in report.system_ratios(rows)] == [2.0, 2.0, 2.0]
+    found = report.series(rows, "tokens")
+    assert [[row.tokens for row in line] for line in found.values()] == [[512, 1024]] * 2
+    found = report.series(rows, "mask ratio")
+    assert [[row.kept for row in line] for line in found.values()] == [[256, 100]] * 2
+    text = report.write(path, tmp_path)
+    assert "several lengths" in text and "| tokens | masked |" in text
+    assert "![mask ratios](mask_ratios.png)" in (tmp_path / "report.md").read_text()
+    for plot in ("lengths.png", "mask_ratios.png"):
+        assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_modes_have_sections_of_their_own(tmp_path):
+    path = tmp_path / "m.csv"
+    with results.Writer(path, COMMON) as write:
+        add_row(write, case("audiomae_base", "ours"), (1.0, 1.0))
+        columns = case("audiomae_base", "ours", mode="embeddings", mask_ratio=None, group=1)
+        for metric, value in {"peak": 8e6, "flops": 1e9, "floor": 0.5, "weights": 4e6}.items():
+            write.add(metric, value, **columns)
+        write.add("seconds", 1.0, round=0, **columns)
+        write.add("reference", 1.0, note="reference ops", **columns)
+    text = report.write(path, tmp_path)
+    training, embeddings = text.split("## Embeddings")
+    assert "optimizer state, MB" in training and "optimizer state, MB" not in embeddings
+    assert "forward products alone" in embeddings and "50 %" in embeddings
+    assert "audiomae_base has no plain baseline, and so no system ratio" in text
+    assert "### System" not in text
+
+
+def test_records_from_before_lengths_and_mask_ratios_are_read():
+    record = Path(report.__file__).parent / "results" / "amd-epyc-zen4-2-cores" / "measurements.csv"
+    rows = report.collect(results.read(record))
+    assert len(rows) == 16 and not [row.error for row in rows if row.error]
+    assert "### Architecture" in report.text(results.read(record))
