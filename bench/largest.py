@@ -51,19 +51,18 @@ class Search:
     def next(self) -> int | None:
         """The batch to try, None when the search has ended."""
         low = self.largest
-        if self.above - low <= max(1, int(low * PRECISION)):
+        step = max(1, int(low * PRECISION))
+        if self.above - low <= step:
             return None
         if low < 2:
-            return min(low + 1, self.above - 1)
+            return low + 1
         slope = self.per_clip
         grown = slope is not None and slope > 0  # else too small to be seen beside the weights
         guess = low + int((self.budget - self.peaks[low]) / slope) if grown else 2 * low
-        # A line through small batches can be far off: no step goes further than eight times, or past the middle of
-        # what is left if the line was refuted.
-        guess = min(guess, 8 * low)
-        if not low < guess < self.above:
-            guess = (low + min(self.above, 8 * low)) // 2
-        return max(low + 1, min(guess, self.above - 1))
+        if guess >= self.above:  # the line was refuted
+            guess = (low + self.above) // 2
+        # A line through small batches can be far off: no step goes further than eight times.
+        return min(max(guess, low + step), 8 * low, self.above - 1)
 
     def add(self, batch: int, peak: int | None) -> None:
         """`peak` is None where the process met its limit."""

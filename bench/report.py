@@ -262,7 +262,7 @@ def memory_table(rows: Sequence[Row]) -> str:
 def ratios_table(ratios: Sequence[Ratio], providers: bool) -> str:
     """`providers`: whether the two sides' providers differ and have to be named."""
     where = _where([ratio.fast for ratio in ratios])
-    saved = any("saved" in ratio.fast.metrics for ratio in ratios)
+    memory = [name for name in ("saved", "peak") if all(name in ratio.fast.metrics for ratio in ratios)]
     lines = []
     for ratio in ratios:
         fast, slow = ratio.fast, ratio.slow
@@ -273,10 +273,11 @@ def ratios_table(ratios: Sequence[Ratio], providers: bool) -> str:
         )
         line += [fast.dtype, *(value(fast) for _, value in where)]
         line += [with_spread(*ratio.time()), f"{ratio.metric('flops'):.2f}"]
-        lines.append([*line, *([f"{ratio.metric('saved'):.2f}"] * saved), f"{ratio.metric('peak'):.2f}"])
+        lines.append(line + [f"{ratio.metric(name):.2f}" for name in memory])
     header = ["this", "against"] + ([] if providers else ["both by"])
     header += ["dtype", *(name for name, _ in where), "times as fast", "FLOP model"]
-    return markdown([*header, *(["saved bytes"] * saved), "peak memory"], lines)
+    titles = {"saved": "saved bytes", "peak": "peak memory"}
+    return markdown([*header, *(titles[name] for name in memory)], lines)
 
 
 def environment(first: dict) -> str:

@@ -53,7 +53,7 @@ def test_against_a_count_of_what_runs():
 def counted(case, function):
     """Matrix products of a forward pass, as PyTorch's counter sees them."""
     torch.manual_seed(0)
-    model = build_model(case.config()).eval()
+    model = build_model(case.config()).eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         function(model, torch.randn(1, case.frames, 128))
     return counter.get_total_flops()
@@ -96,7 +96,7 @@ def test_hybrid_is_window_blocks_and_global_ones():
 
 
 def test_the_tail_that_nobody_reads():
-    """3.5 % of MAE-AST's products and 0.8 % of Audio-MAE's."""
-    for model, share in (("mae_ast_patch_base", 0.035), ("audiomae_base", 0.008)):
+    """3.5 % of MAE-AST's products and 0.7 % of Audio-MAE's."""
+    for model, share in (("mae_ast_patch_base", 0.035), ("audiomae_base", 0.007)):
         case = Case(model, "ours", "fp32", 1)
         assert 1 - case.least().flops / case.cost().flops == pytest.approx(share, abs=1e-3)
