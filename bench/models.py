@@ -320,7 +320,8 @@ def check(
             if case.model not in references:
                 reference = _reference(case, steps, requested)
                 references[case.model] = probe(reference)
-                result = references[case.model] if reference.case == case else None
+                same = reference.model is step.model and reference.case == case
+                result = references[case.model] if same else None
             result = result or probe(step)
             judge(result, references[case.model], case.dtype)
         except timing.FAILURES as error:

@@ -83,8 +83,7 @@ def test_decoders_against_a_count(decoder):
     case = Case("audiomae_base", "ours", "fp32", 1, frames=128, mode="inference", overrides=sizes)
     mask = Mask.from_keep(visible_tokens(1, case.num_tokens, case.kept), case.num_tokens)
     flops = counted(case, lambda model, x: model(x, mask))
-    # The sums over the encoder's blocks may run as products or not.
-    assert flops == pytest.approx(case.least().flops, rel=1e-2 if decoder == "cross" else 1e-9)
+    assert flops == pytest.approx(case.least().flops, rel=1e-9)
 
 
 def test_hybrid_is_window_blocks_and_global_ones():
