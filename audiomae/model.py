@@ -148,19 +148,19 @@ class Mlp(nn.Module):
 class GlobalAttention(nn.Module):
     """Scaled dot-product attention over all tokens of a clip."""
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0, backend: str = "sdpa"):
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, backend: str | None = None):
         super().__init__()
-        require_backend(backend)
+        if backend is not None:
+            require_backend(backend)
         self.heads, self.dropout, self.backend = heads, dropout, backend
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:
         """x (B, L, D), or (total, D) where `packed` says which tokens are whose."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # each (..., L, H, d)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (..., L, 3, H, d)
         dropout = self.dropout if self.training else 0.0
-        x = attention(q, k, v, packed=packed, dropout=dropout, backend=self.backend)
-        return self.proj(x.flatten(-2))
+        return self.proj(attention(qkv, packed=packed, dropout=dropout, backend=self.backend))
 
 
 class WindowAttention(nn.Module):
@@ -269,7 +269,9 @@ def global_block(c: EncoderConfig, width: int, heads: int, drop_path: float = 0.
     dropout = nn.Dropout(c.dropout)
     if drop_path:
         dropout = nn.Sequential(dropout, DropPath(drop_path))
-    layer = GlobalAttention(width, heads, c.attention_dropout, c.attention)
+    # Our own kernel is one of the kernels that `impl` names, and neither a reference nor Triton's.
+    backend = "sdpa" if c.attention is None and c.impl in ("reference", "triton") else c.attention
+    layer = GlobalAttention(width, heads, c.attention_dropout, backend)
     return Block(layer, width, c.mlp_ratio, c.norm, c.norm_eps, dropout)
 
 

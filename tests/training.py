@@ -24,11 +24,13 @@ RATES = ("dropout", "attention_dropout", "input_dropout", "layer_drop", "bias_dr
 TINY = {"width": 32, "heads": 2, "depth": 1, "frames": 128, "mel_bins": 64}
 TINY |= {"decoder_width": 32, "decoder_heads": 2, "decoder_depth": 2}
 _COMMON = {"patch_gather", "unshuffle", "unshuffle_backward", "masked_mse", "masked_mse_backward"}
+_ATTENTION = {"attention", "attention_backward"}  # native only: elsewhere attention is PyTorch's
 STEP_OPS = {  # of one training step
     "audiomae_base": _COMMON | {"window_attention", "window_attention_backward"},
     "mae_ast_patch_base": _COMMON | {"info_nce", "info_nce_backward"},
     "ssast_patch_base": _COMMON | {"info_nce", "info_nce_backward"},
 }
+NATIVE_STEP_OPS = {name: ops | _ATTENTION for name, ops in STEP_OPS.items()}
 
 
 class Calls(TorchDispatchMode):

@@ -49,6 +49,10 @@ static_assert(kQueries % kRows == 0 && kQueries % kGroup == 0 && kKeys % kRows =
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 constexpr float kLargest = 3.4028235e38f;
 
+struct Unit {  // of work
+  int64_t clip, head;
+};
+
 // --- dropout ------------------------------------------------------------------------------------------------
 //
 // Philox-4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the
@@ -94,8 +98,8 @@ inline Floats keep_bits(Floats x, uint32_t bits) {
 
 // For the queries [8 group, 8 group + 8) and `tiles` tiles of keys from `key` on, which weights stay: a bit for each
 // key at out[query * query_step + tile * tile_step].
-inline void draw(const Attention& a, int64_t clip, int64_t head, int64_t group, int64_t key, int64_t tiles,
-                 uint16_t* out, int64_t query_step, int64_t tile_step) {
+inline void draw(const Attention& a, const Unit& u, int64_t group, int64_t key, int64_t tiles, uint16_t* out,
+                 int64_t query_step, int64_t tile_step) {
   const Words threshold = Words{} + (a.threshold << 16);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     uint32_t bits[kGroup] = {};
@@ -106,8 +110,8 @@ inline void draw(const Attention& a, int64_t clip, int64_t head, int64_t group, 
         for (int i = 0; i < kLanes / 2; ++i) x[odd][0][i] = 2 * i + odd;
         x[odd][0] += static_cast<uint64_t>(key + tile * kTile + v * kLanes);
         x[odd][1] = Longs{} + static_cast<uint64_t>(group);
-        x[odd][2] = Longs{} + static_cast<uint64_t>(head);
-        x[odd][3] = Longs{} + static_cast<uint64_t>(clip);
+        x[odd][2] = Longs{} + static_cast<uint64_t>(u.head);
+        x[odd][3] = Longs{} + static_cast<uint64_t>(u.clip);
       }
 #pragma GCC unroll 7
       for (uint32_t round = 0; round < 7; ++round) {
@@ -177,16 +181,32 @@ inline int64_t clip_offset(const Attention& a, const Tokens& x, int64_t clip) {
   return a.packed ? a.starts[clip] * x.token_step : clip * x.clip_step;
 }
 
-inline const char* token(const Attention& a, const Tokens& x, int64_t clip, int64_t head, int64_t i) {
-  return x.data + clip_offset(a, x, clip) + head * x.head_step + i * x.token_step;
+inline const char* token(const Attention& a, const Tokens& x, const Unit& u, int64_t i) {
+  return x.data + clip_offset(a, x, u.clip) + u.head * x.head_step + i * x.token_step;
+}
+
+// Asks for tokens [i, i + n) of the next unit, so that they arrive while this one is computed: they lie far apart,
+// where the hardware does not look ahead.
+template <class... Operands>
+inline __attribute__((always_inline)) void ask_for(const Attention& a, const Unit& next, int64_t i, int64_t n,
+                                                   const Operands&... operands) {
+  constexpr int64_t kLine = 64;
+  const int64_t length = a.starts[next.clip + 1] - a.starts[next.clip], bytes = a.width * (a.bfloat16 ? 2 : 4);
+  const Tokens* of[] = {&operands...};
+  for (const Tokens* x : of) {
+    for (int64_t row = i; row < i + n && row < length; ++row) {
+      const char* data = token(a, *x, next, row);
+      for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(data + at);
+    }
+  }
 }
 
 // Tokens [i, i + n) of a clip as rows of words, and zeros up to `whole` rows.
 template <bool kPairs>
-inline void read_rows(const Attention& a, const Tokens& x, int64_t clip, int64_t head, int64_t i, int64_t n,
-                      int64_t whole, int64_t pitch, float* out) {
+inline void read_rows(const Attention& a, const Tokens& x, const Unit& u, int64_t i, int64_t n, int64_t whole,
+                      int64_t pitch, float* out) {
   for (int64_t r = 0; r < n; ++r) {
-    const char* from = token(a, x, clip, head, i + r);
+    const char* from = token(a, x, u, i + r);
     float* row = out + r * pitch;
     if constexpr (kPairs) {
       const int64_t full = a.width / 2;
@@ -262,7 +282,22 @@ inline void product(const Strip& a, int64_t rows, const Panels& b, int64_t colum
 
 inline Strip strip_of(const float* rows, int64_t pitch) { return {reinterpret_cast<const char*>(rows), pitch * 4}; }
 
+template <bool kPairs>
 inline void write_row(const Attention& a, const float* row, float scale, char* out) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) {
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= a.width; c += 2 * kLanes) {
+      const auto both = (__m512i)_mm512_cvtne2ps_pbh(load(row + c + kLanes) * scale, load(row + c) * scale);
+      _mm512_storeu_si512(out + 2 * c, both);
+    }
+    for (; c < a.width; c += kLanes) {
+      const int64_t rest = a.width - c < kLanes ? a.width - c : kLanes;
+      store<BFloat16>(out + 2 * c, load(row + c) * scale, rest);
+    }
+    return;
+  }
+#endif
   for_each_vector(a.width, [&](int64_t c, int, auto lanes) {
     const Floats x = load<float>(row + c, lanes) * scale;
     if (a.bfloat16) {
@@ -345,8 +380,8 @@ inline float soften(const Attention& a, int64_t n, float* s, const uint16_t* kee
 // --- forward ------------------------------------------------------------------------------------------------
 
 template <bool kPairs>
-void forward(const Attention& a, int64_t clip, int64_t head, float* scratch) {
-  const int64_t start = a.starts[clip], n = a.starts[clip + 1] - start;
+void forward(const Attention& a, const Unit& u, const Unit& next, float* scratch) {
+  const int64_t start = a.starts[u.clip], n = a.starts[u.clip + 1] - start;
   const Layout<kPairs> l(n, a.width);
   float* rows = scratch;
   float* columns = rows + l.tokens * l.pitch;
@@ -357,15 +392,16 @@ void forward(const Attention& a, int64_t clip, int64_t head, float* scratch) {
   auto* kept = reinterpret_cast<uint16_t*>(o + kRows * l.channels);
   const int64_t tiles = l.tokens / kTile;
 
-  read_rows<kPairs>(a, a.k, clip, head, 0, n, l.tokens, l.pitch, rows);
+  read_rows<kPairs>(a, a.k, u, 0, n, l.tokens, l.pitch, rows);
   const Panels k = pack_columns(l, rows, columns);
-  read_rows<kPairs>(a, a.v, clip, head, 0, n, l.tokens, l.pitch, rows);
+  read_rows<kPairs>(a, a.v, u, 0, n, l.tokens, l.pitch, rows);
   const Panels v = pack_values(l, rows, values);
   for (int64_t i0 = 0; i0 < n; i0 += kQueries) {
     const int64_t queries = n - i0 < kQueries ? n - i0 : kQueries;
-    read_rows<kPairs>(a, a.q, clip, head, i0, queries, kQueries, l.pitch, q);
+    read_rows<kPairs>(a, a.q, u, i0, queries, kQueries, l.pitch, q);
+    ask_for(a, next, i0, kQueries, a.k, a.v, a.q);
     for (int64_t g = 0; a.threshold > 0 && g < queries; g += kGroup) {
-      draw(a, clip, head, (i0 + g) / kGroup, 0, tiles, kept + g * tiles, tiles, 1);
+      draw(a, u, (i0 + g) / kGroup, 0, tiles, kept + g * tiles, tiles, 1);
     }
     for (int64_t i = 0; i < queries; i += kRows) {
       const int64_t strip = queries - i < kRows ? queries - i : kRows;
@@ -375,12 +411,12 @@ void forward(const Attention& a, int64_t clip, int64_t head, float* scratch) {
         const uint16_t* keep = a.threshold > 0 ? kept + (i + r) * tiles : nullptr;
         float highest;
         sums[r] = soften<kPairs>(a, n, s + r * l.row, keep, &highest);
-        a.lse[(start + i0 + i + r) * a.heads + head] = highest + __builtin_logf(sums[r]);
+        a.lse[(start + i0 + i + r) * a.heads + u.head] = highest + __builtin_logf(sums[r]);
       }
       product<kPairs>(strip_of(s, l.row), strip, v, a.width, words<kPairs>(n), false, o, l.channels);
       for (int64_t r = 0; r < strip; ++r) {
-        const int64_t at = ((start + i0 + i + r) * a.heads + head) * a.width * (a.bfloat16 ? 2 : 4);
-        write_row(a, o + r * l.channels, a.keep_scale / sums[r], a.out + at);
+        const int64_t at = ((start + i0 + i + r) * a.heads + u.head) * a.width * (a.bfloat16 ? 2 : 4);
+        write_row<kPairs>(a, o + r * l.channels, a.keep_scale / sums[r], a.out + at);
       }
     }
   }
@@ -388,7 +424,24 @@ void forward(const Attention& a, int64_t clip, int64_t head, float* scratch) {
 
 // --- backward -----------------------------------------------------------------------------------------------
 
+// x y of two rows of channels.
+template <bool kPairs>
 inline float dot(const Attention& a, const char* x, const char* y) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) {
+    Floats sum{};
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= a.width; c += 2 * kLanes) {
+      const auto u = _mm512_loadu_si512(x + 2 * c), v = _mm512_loadu_si512(y + 2 * c);
+      sum = _mm512_dpbf16_ps(sum, (__m512bh)u, (__m512bh)v);
+    }
+    for (; c < a.width; c += kLanes) {
+      const int64_t rest = a.width - c < kLanes ? a.width - c : kLanes;
+      sum += load<BFloat16>(x + 2 * c, rest) * load<BFloat16>(y + 2 * c, rest);
+    }
+    return sum_lanes(sum);
+  }
+#endif
   Floats sums[kSlots] = {};
   for_each_vector(a.width, [&](int64_t c, int slot, auto lanes) {
     if (a.bfloat16) {
@@ -463,8 +516,8 @@ inline void gradients(const Attention& a, const Statistics& of, int64_t queries,
 }
 
 template <bool kPairs>
-void backward(const Attention& a, int64_t clip, int64_t head, float* scratch) {
-  const int64_t start = a.starts[clip], n = a.starts[clip + 1] - start;
+void backward(const Attention& a, const Unit& u, const Unit& next, float* scratch) {
+  const int64_t start = a.starts[u.clip], n = a.starts[u.clip + 1] - start;
   const Layout<kPairs> l(n, a.width);
   const int64_t operand = l.tokens * l.pitch, values = l.channels * l.along, block = words<kPairs>(kKeys);
   const int64_t tiles = l.tokens / kTile, element = a.bfloat16 ? 2 : 4;
@@ -486,50 +539,53 @@ void backward(const Attention& a, int64_t clip, int64_t head, float* scratch) {
   auto* drawn = reinterpret_cast<uint16_t*>(delta + l.tokens);  // by tiles of keys, 16 queries each
   uint16_t* kept = drawn + kKeys * kTile;                       // (kKeys, tiles of queries)
 
-  read_rows<kPairs>(a, a.v, clip, head, 0, n, l.tokens, l.pitch, v_rows);
-  read_rows<kPairs>(a, a.k, clip, head, 0, n, l.tokens, l.pitch, k_rows);
+  read_rows<kPairs>(a, a.v, u, 0, n, l.tokens, l.pitch, v_rows);
+  read_rows<kPairs>(a, a.k, u, 0, n, l.tokens, l.pitch, k_rows);
   const Panels k = pack_values(l, k_rows, q_values);  // for a moment
   for (int64_t c = 0; c < l.channels; c += kTile) {
     for (int64_t word = 0; word < l.along; word += kTile) {
       transpose(k.data + c * l.along + word * kTile, kTile, k_turned + c * (l.along + kGap) + word, l.along + kGap);
     }
   }
-  read_rows<kPairs>(a, a.q, clip, head, 0, n, l.tokens, l.pitch, rows);
+  read_rows<kPairs>(a, a.q, u, 0, n, l.tokens, l.pitch, rows);
   const Panels q_by_token = pack_columns(l, rows, q_columns), q_by_channel = pack_values(l, rows, q_values);
-  read_rows<kPairs>(a, a.grad, clip, head, 0, n, l.tokens, l.pitch, rows);
+  read_rows<kPairs>(a, a.grad, u, 0, n, l.tokens, l.pitch, rows);
   const Panels grad_by_token = pack_columns(l, rows, grad_columns), grad_by_channel = pack_values(l, rows, grad_values);
   for (int64_t i = 0; i < l.tokens; ++i) {
-    lse[i] = i < n ? a.lse[(start + i) * a.heads + head] * kLog2E : __builtin_inff();
-    delta[i] = i < n ? dot(a, token(a, a.grad, clip, head, i), token(a, a.saved_out, clip, head, i)) : 0;
+    lse[i] = i < n ? a.lse[(start + i) * a.heads + u.head] * kLog2E : __builtin_inff();
+    delta[i] = i < n ? dot<kPairs>(a, token(a, a.grad, u, i), token(a, a.saved_out, u, i)) : 0;
   }
 
   // The part (0: q, 1: k, 2: v) of a token's gradient.
   const auto place = [&](int64_t i, int64_t part) {
-    return a.d_qkv + (((start + i) * 3 + part) * a.heads + head) * a.width * element;
+    return a.d_qkv + (((start + i) * 3 + part) * a.heads + u.head) * a.width * element;
   };
   const int64_t along = words<kPairs>(n), queries = round_up(n, kColumns);
   for (int64_t j0 = 0; j0 < n; j0 += kKeys) {
     const int64_t keys = n - j0 < kKeys ? n - j0 : kKeys, depth = words<kPairs>(keys);
     for (int64_t i = 0; a.threshold > 0 && i < n; i += kTile) {
       const int64_t key_tiles = (keys + kTile - 1) / kTile;
-      draw(a, clip, head, i / kGroup, j0, key_tiles, drawn, 1, kTile);
-      draw(a, clip, head, i / kGroup + 1, j0, key_tiles, drawn + kGroup, 1, kTile);
+      draw(a, u, i / kGroup, j0, key_tiles, drawn, 1, kTile);
+      draw(a, u, i / kGroup + 1, j0, key_tiles, drawn + kGroup, 1, kTile);
       for (int64_t t = 0; t < key_tiles; ++t) {
         transpose_bits(drawn + t * kTile, kept + t * kTile * tiles + i / kTile, tiles);
       }
     }
     for (int64_t j = 0; j < keys; j += kRows) {
       const int64_t strip = keys - j < kRows ? keys - j : kRows, at = (j0 + j) * l.pitch;
+      ask_for(a, next, j0 + j, kRows, a.v, a.k, a.q, a.grad, a.saved_out);
       product<kPairs>(strip_of(k_rows + at, l.pitch), strip, q_by_token, n, l.depth, false, s, l.row);
       product<kPairs>(strip_of(v_rows + at, l.pitch), strip, grad_by_token, n, l.depth, false, g, l.row);
       gradients<kPairs>(a, {lse, delta}, queries, strip, a.threshold > 0 ? kept + j * tiles : nullptr, tiles, l.row, s,
                         g, words<kPairs>(j), depth, ds_panels);
       product<kPairs>(strip_of(s, l.row), strip, grad_by_channel, a.width, along, false, result, l.channels);
       for (int64_t r = 0; r < strip; ++r) {
-        write_row(a, result + r * l.channels, a.keep_scale, place(j0 + j + r, 2));
+        write_row<kPairs>(a, result + r * l.channels, a.keep_scale, place(j0 + j + r, 2));
       }
       product<kPairs>(strip_of(g, l.row), strip, q_by_channel, a.width, along, false, result, l.channels);
-      for (int64_t r = 0; r < strip; ++r) write_row(a, result + r * l.channels, a.scale, place(j0 + j + r, 1));
+      for (int64_t r = 0; r < strip; ++r) {
+        write_row<kPairs>(a, result + r * l.channels, a.scale, place(j0 + j + r, 1));
+      }
     }
     product<kPairs>(strip_of(k_turned + words<kPairs>(j0), l.along + kGap), a.width, {ds_panels, depth}, n, depth,
                     j0 > 0, dq_turned, l.row);
@@ -539,9 +595,15 @@ void backward(const Attention& a, int64_t clip, int64_t head, float* scratch) {
       transpose(dq_turned + c * l.row + i, l.row, result + c, l.channels);
     }
     for (int64_t r = 0; r < kTile && i + r < n; ++r) {
-      write_row(a, result + r * l.channels, a.scale, place(i + r, 0));
+      write_row<kPairs>(a, result + r * l.channels, a.scale, place(i + r, 0));
     }
   }
+}
+
+// The heads of a clip lie side by side and come one after the other; but clips of different lengths do, head by head,
+// so that equal shares of the units are about equal shares of the work.
+inline Unit unit(const Attention& a, int64_t i) {
+  return a.packed ? Unit{i % a.clips, i / a.clips} : Unit{i / a.heads, i % a.heads};
 }
 
 template <bool kPairs>
@@ -565,25 +627,25 @@ int64_t attention_scratch(const Attention& a, bool backward) {
                                  : scratch<false>(a.longest, a.width, backward);
 }
 
-// Units [begin, end): the clips of one head after the other.
+// Units [begin, end).
 void attention_forward(const Attention& a, int64_t begin, int64_t end, float* scratch) {
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t head = unit / a.clips, clip = unit % a.clips;
+  for (int64_t i = begin; i < end; ++i) {
+    const Unit u = unit(a, i), next = unit(a, i + 1 < end ? i + 1 : i);
     if (kHasPairs && a.bfloat16) {
-      forward<kHasPairs>(a, clip, head, scratch);
+      forward<kHasPairs>(a, u, next, scratch);
     } else {
-      forward<false>(a, clip, head, scratch);
+      forward<false>(a, u, next, scratch);
     }
   }
 }
 
 void attention_backward(const Attention& a, int64_t begin, int64_t end, float* scratch) {
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t head = unit / a.clips, clip = unit % a.clips;
+  for (int64_t i = begin; i < end; ++i) {
+    const Unit u = unit(a, i), next = unit(a, i + 1 < end ? i + 1 : i);
     if (kHasPairs && a.bfloat16) {
-      backward<kHasPairs>(a, clip, head, scratch);
+      backward<kHasPairs>(a, u, next, scratch);
     } else {
-      backward<false>(a, clip, head, scratch);
+      backward<false>(a, u, next, scratch);
     }
   }
 }
@@ -727,12 +789,12 @@ Tensor attention_backward(const Tensor& grad, const Tensor& qkv, const Tensor& o
   const auto expect = [&](const char* what, const Tensor& x, int64_t last, bool right_dtype) {
     check(x.is_cpu() && right_dtype && x.dim() == dim && x.size(0) == qkv.size(0) &&
               x.size(dim - 2) == qkv.size(dim - 2) && x.size(dim - 1) == last,
-          "attention expects ", what, " like its output for qkv of shape ", shape(qkv), ", got ", dtype_name(x),
-          " of shape ", shape(x), ".");
+          "attention expects ", what, " for qkv of shape ", shape(qkv), ", got ", dtype_name(x), " of shape ",
+          shape(x), ".");
   };
-  expect("a gradient", grad, a.heads * a.width, grad.scalar_type() == qkv.scalar_type());
-  expect("an output", out, a.heads * a.width, out.scalar_type() == qkv.scalar_type());
-  expect("a logsumexp", lse, a.heads, lse.scalar_type() == ScalarType::Float);
+  expect("a gradient of the output's shape and dtype", grad, a.heads * a.width, grad.scalar_type() == qkv.scalar_type());
+  expect("an output of the shape and dtype that it has", out, a.heads * a.width, out.scalar_type() == qkv.scalar_type());
+  expect("a float32 logsumexp of each token and head", lse, a.heads, lse.scalar_type() == ScalarType::Float);
   const Tensor grad_rows = rows_in_one_piece(grad), out_rows = rows_in_one_piece(out);
   const Tensor lse_values = torch::stable::contiguous(lse);
   std::vector<int64_t> sizes;

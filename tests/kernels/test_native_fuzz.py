@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not _native.available(), reason=_native.why_not(
 @pytest.mark.parametrize(
     "first, last",
     [(0, 64), pytest.param(1000, 2500, marks=pytest.mark.slow)],
-    ids=["320 cases", "7500 cases"],
+    ids=["384 cases", "9000 cases"],
 )
 def test_fuzz(tier, first, last):
     path = os.pathsep.join(str(ROOT / folder) for folder in ("kernels", "tests"))
