@@ -1,6 +1,6 @@
 // attention: (B, L, 3, H, d) or packed clips (total, 3, H, d) -> (B, L, H d) or (total, H d), and the logsumexp of each
-// row of scores. Per clip and head softmax(q kᵀ / sqrt(d)) v with dropout of the softmax, and its gradients; nothing of
-// the size of the scores is kept.
+// row of scores, in units of ln 2. Per clip and head softmax(q kᵀ / sqrt(d)) v with dropout of the softmax, and its
+// gradients; nothing of the size of the scores is kept.
 //
 // A unit of work is a head of a clip. Its operands are laid out once in scratch memory, as words (product.h). Forward, a
 // strip of kRows queries meets all keys: its scores stay in the L1 cache, so the softmax needs no running maximum.
@@ -26,11 +26,12 @@ struct Attention {
   int64_t clips, longest;     // tokens of the longest clip
   const int64_t* starts;      // (clips + 1): first token of each clip among those of all clips
   bool packed;                // clips lie one after the other, else clip_step apart
-  float scale;                // of the scores
+  float scale;                // of the scores, 1 / sqrt(d)
+  float to_log2;              // and over ln 2
   uint32_t threshold;         // of 16 random bits: weights below it are dropped
   float keep_scale;           // of those that are not
   uint32_t seed[2];
-  float* lse;                 // (all tokens, H): written forward, read backward
+  float* lse;                 // (all tokens, H), in units of ln 2: written forward, read backward
   char* out;                  // (all tokens, H, d), contiguous
   Tokens grad, saved_out;     // backward only
   char* d_qkv;                // (all tokens, 3, H, d), contiguous
@@ -46,7 +47,6 @@ constexpr int64_t kGap = 16;       // floats after a row: rows not all in the sa
 constexpr int64_t kPadding = 32;   // tokens are padded to its multiple: whole vectors of pairs in every tier
 static_assert(kQueries % kRows == 0 && kQueries % kGroup == 0 && kKeys % kRows == 0 && kKeys % kTile == 0);
 
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 constexpr float kLargest = 3.4028235e38f;
 
 struct Unit {  // of work
@@ -322,12 +322,13 @@ inline Floats exp2(Floats x) {
   const Floats shifted = (x - 0.5f) + magic;
   const Floats f = x - (shifted - magic);
 #endif
-  Floats p = broadcast(0.0018775763f);  // relative error 7.5e-8 on [0, 1]
-  p = fma(p, f, broadcast(0.0089893406f));
-  p = fma(p, f, broadcast(0.0558263175f));
-  p = fma(p, f, broadcast(0.2401536107f));
-  p = fma(p, f, broadcast(0.6931530833f));
-  p = fma(p, f, broadcast(0.9999999404f));
+  Floats p = broadcast(0.0002161292f);  // to 2e-8 on [0, 1]
+  p = fma(p, f, broadcast(0.0012467846f));
+  p = fma(p, f, broadcast(0.0096754516f));
+  p = fma(p, f, broadcast(0.0554852821f));
+  p = fma(p, f, broadcast(0.2402293086f));
+  p = fma(p, f, broadcast(0.6931470633f));
+  p = fma(p, f, broadcast(1.0f));
 #if defined(__AVX512F__)
   return _mm512_maskz_scalef_ps(kAll, p, x);  // rounds x down
 #else
@@ -349,7 +350,8 @@ inline void store_words(float* row, int64_t j, Floats low, Floats high) {
   store(row + j + kLanes, high);
 }
 
-// Scores of one query -> e^(score - highest) as words, 0 past the last key. Returns their sum.
+// Scores of one query -> e^(score - highest) as words, 0 past the last key. Returns their sum; the highest is in
+// units of ln 2.
 template <bool kPairs>
 inline float soften(const Attention& a, int64_t n, float* s, const uint16_t* keep, float* highest) {
   const int64_t whole = round_up(n, kColumns);
@@ -359,8 +361,8 @@ inline float soften(const Attention& a, int64_t n, float* s, const uint16_t* kee
     top[0] = max(load(s + j), top[0]);
     top[1] = max(load(s + j + kLanes), top[1]);
   }
-  const float to_log2 = a.scale * kLog2E, shift = max_lanes(max(top[0], top[1])) * to_log2;
-  const Floats factor = broadcast(to_log2), minus = broadcast(-shift);
+  const float shift = max_lanes(max(top[0], top[1])) * a.to_log2;
+  const Floats factor = broadcast(a.to_log2), minus = broadcast(-shift);
   Floats sum[2] = {};
   for (int64_t j = 0; j < whole; j += kColumns) {
     Floats p[2];
@@ -373,7 +375,7 @@ inline float soften(const Attention& a, int64_t n, float* s, const uint16_t* kee
     }
     store_words<kPairs>(s, j, p[0], p[1]);
   }
-  *highest = shift * kLn2;
+  *highest = shift;
   return sum_lanes(sum[0] + sum[1]);
 }
 
@@ -411,7 +413,7 @@ void forward(const Attention& a, const Unit& u, const Unit& next, float* scratch
         const uint16_t* keep = a.threshold > 0 ? kept + (i + r) * tiles : nullptr;
         float highest;
         sums[r] = soften<kPairs>(a, n, s + r * l.row, keep, &highest);
-        a.lse[(start + i0 + i + r) * a.heads + u.head] = highest + __builtin_logf(sums[r]);
+        a.lse[(start + i0 + i + r) * a.heads + u.head] = highest + __builtin_log2f(sums[r]);
       }
       product<kPairs>(strip_of(s, l.row), strip, v, a.width, words<kPairs>(n), false, o, l.channels);
       for (int64_t r = 0; r < strip; ++r) {
@@ -454,14 +456,14 @@ inline float dot(const Attention& a, const char* x, const char* y) {
 }
 
 struct Statistics {
-  const float *lse, *delta;  // of each query: log2 of the sum of its row, infinite past the last; sum of do o
+  const float *lse, *delta;  // of each query: as saved, infinite past the last; the sum of do o
 };
 
 // Of kColumns queries from i on, the weights p of a key and the gradients ds of its scores. s and g: its scores and
 // the gradients of its weights.
 inline void weigh(const Attention& a, const Statistics& of, int64_t i, const float* s, const float* g,
                   const uint16_t* keep, Floats* p, Floats* ds) {
-  const Floats to_log2 = broadcast(a.scale * kLog2E), keep_scale = broadcast(a.keep_scale);
+  const Floats to_log2 = broadcast(a.to_log2), keep_scale = broadcast(a.keep_scale);
 #pragma GCC unroll 2
   for (int v = 0; v < 2; ++v) {
     const int64_t at = i + v * kLanes;
@@ -552,7 +554,7 @@ void backward(const Attention& a, const Unit& u, const Unit& next, float* scratc
   read_rows<kPairs>(a, a.grad, u, 0, n, l.tokens, l.pitch, rows);
   const Panels grad_by_token = pack_columns(l, rows, grad_columns), grad_by_channel = pack_values(l, rows, grad_values);
   for (int64_t i = 0; i < l.tokens; ++i) {
-    lse[i] = i < n ? a.lse[(start + i) * a.heads + u.head] * kLog2E : __builtin_inff();
+    lse[i] = i < n ? a.lse[(start + i) * a.heads + u.head] : __builtin_inff();
     delta[i] = i < n ? dot<kPairs>(a, token(a, a.grad, u, i), token(a, a.saved_out, u, i)) : 0;
   }
 
@@ -737,7 +739,9 @@ struct Call {
     a.clips = static_cast<int64_t>(starts.size()) - 1;
     a.starts = starts.data();
     for (int64_t i = 0; i < a.clips; ++i) a.longest = std::max(a.longest, starts[i + 1] - starts[i]);
-    a.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(std::max<int64_t>(1, a.width))));
+    const double scale = 1 / std::sqrt(static_cast<double>(std::max<int64_t>(1, a.width)));
+    a.scale = static_cast<float>(scale);
+    a.to_log2 = static_cast<float>(scale * 1.4426950408889634);
     a.threshold = std::min<uint32_t>(65535, static_cast<uint32_t>(std::nearbyint(dropout * 65536)));
     a.keep_scale = static_cast<float>(65536 / (65536.0 - a.threshold));
     if (a.threshold > 0) std::memcpy(a.seed, seed->const_data_ptr(), sizeof(a.seed));

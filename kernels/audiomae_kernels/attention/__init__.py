@@ -66,7 +66,8 @@ def attention(
         raise ValueError(f"attention: dropout must lie in [0, 1), got {dropout}.")
     seed = _seed(dropout, generator, seed)
     device_type = qkv.device.type
-    if torch.is_autocast_enabled(device_type) and qkv.dtype != torch.float64:
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    if autocast and qkv.dtype != torch.float64:
         qkv = qkv.to(torch.get_autocast_dtype(device_type))
     impl = _library.resolve("attention", impl, qkv, cu_seqlens, seed, dropout=dropout)
     if torch.compiler.is_exporting():
