@@ -167,7 +167,9 @@ def attention_case(name, B=2, L=7, H=3, d=16, lengths=None, dropout=0.0, view=la
         tokens = (B, L) if lengths is None else (sum(lengths),)
         return {
             "qkv": view(torch.randn(*tokens, 3, H, d, dtype=torch.float64)),
-            "cu_seqlens": None if lengths is None else torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+            "cu_seqlens": None
+            if lengths is None
+            else torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
             "seed": torch.tensor(-0x123456789ABCDEF) if dropout else None,
         }
 

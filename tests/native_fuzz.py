@@ -130,7 +130,9 @@ def attention():
         if name != "output":
             budget += 2 * (eager["output"].double() - exact["output"]).abs().max() * d**0.5
         error = (value.double() - exact[name]).abs().max()
-        assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g}, {tokens} {H} {d} {dropout} {lengths}"
+        assert error <= budget, (
+            f"{name}: error {error:.3g}, budget {budget:.3g}, {tokens} {H} {d} {dropout} {lengths}"
+        )
 
 
 # --- the other ops -------------------------------------------------------------------------------------

@@ -138,7 +138,12 @@ def test_neighbours_and_seeds_are_independent():
     pairs = [(first, masks[1]), (first, masks[2])]
     for dim, step in product(range(4), (1, 2, 8, 16)):
         if step < first.shape[dim]:
-            pairs.append((first.narrow(dim, step, first.shape[dim] - step), first.narrow(dim, 0, first.shape[dim] - step)))
+            pairs.append(
+                (
+                    first.narrow(dim, step, first.shape[dim] - step),
+                    first.narrow(dim, 0, first.shape[dim] - step),
+                )
+            )
     for a, b in pairs:
         assert (a * b).mean().abs() < 5 / a.numel() ** 0.5
 
@@ -396,7 +401,12 @@ ENDS = torch.tensor([0, 1, 4], dtype=torch.int32)
         (QKV, {"dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\), got 1.0"),
         (QKV, {"dropout": -0.1}, ValueError, r"dropout must lie in \[0, 1\), got -0.1"),
         (QKV, {"dropout": 0.1, "seed": torch.tensor(1.0)}, TypeError, "the seed must be int64"),
-        (QKV, {"dropout": 0.1, "seed": torch.zeros(2).long()}, ValueError, "the seed must be one value on the CPU"),
+        (
+            QKV,
+            {"dropout": 0.1, "seed": torch.zeros(2).long()},
+            ValueError,
+            "the seed must be one value on the CPU",
+        ),
         (
             QKV,
             {"dropout": 0.1, "seed": torch.tensor(1), "generator": torch.Generator()},
@@ -411,7 +421,9 @@ def test_refusals(arguments, options, error, message):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("ends", [(0, 1, 3), (1, 4), (0, 3, 2, 4), (0, -1, 4), (0, 5, 4), (0, 2**30, 4), ()], ids=str)
+@pytest.mark.parametrize(
+    "ends", [(0, 1, 3), (1, 4), (0, 3, 2, 4), (0, -1, 4), (0, 5, 4), (0, 2**30, 4), ()], ids=str
+)
 def test_cu_seqlens_that_are_wrong(impl, ends):
     with pytest.raises(RuntimeError, match="cu_seqlens"):
         ak.attention(QKV[0], cu_seqlens=torch.tensor(ends, dtype=torch.int32), impl=impl)
@@ -429,9 +441,21 @@ LSE, OUT = torch.zeros(2, 4, 1), torch.zeros(2, 4, 8)
         ("attention", (QKV, None, None, 0.1), "one int64 as the seed"),
         ("attention", (QKV, None, None, 1.0), r"a dropout in \[0, 1\), got 1"),
         ("attention", (QKV[0], ENDS.long(), None, 0.0), "int32 cu_seqlens"),
-        ("attention_backward", (OUT[:1], QKV, OUT, LSE, None, None, 0.0), "a gradient of the output's shape and dtype"),
-        ("attention_backward", (OUT, QKV, OUT.bfloat16(), LSE, None, None, 0.0), "an output of the shape and dtype that it has"),
-        ("attention_backward", (OUT, QKV, OUT, OUT, None, None, 0.0), "a float32 logsumexp of each token and head"),
+        (
+            "attention_backward",
+            (OUT[:1], QKV, OUT, LSE, None, None, 0.0),
+            "a gradient of the output's shape and dtype",
+        ),
+        (
+            "attention_backward",
+            (OUT, QKV, OUT.bfloat16(), LSE, None, None, 0.0),
+            "an output of the shape and dtype that it has",
+        ),
+        (
+            "attention_backward",
+            (OUT, QKV, OUT, OUT, None, None, 0.0),
+            "a float32 logsumexp of each token and head",
+        ),
     ],
 )
 def test_the_library_checks_its_arguments(op, arguments, message):

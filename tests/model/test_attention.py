@@ -73,6 +73,7 @@ def test_packed_clips_are_clips_alone(backend, lengths, dtype):
         return clip_by_clip(q, k, v, lengths)
 
     packed = Packed.of(lengths)
+
     def op(q, k, v):
         return attention(q, k, v, packed=packed, backend=backend)
 
@@ -151,7 +152,9 @@ def test_dropout_is_of_the_weights(backend, packed):
 def test_shapes_that_do_not_fit():
     q, k, v = tokens(11, 2, 16)
     packed = Packed.of(LENGTHS)
-    with pytest.raises(ValueError, match=r"without packed=, qkv must be \(B, L, 3, H, d\), got \(11, 3, 2, 16\)"):
+    with pytest.raises(
+        ValueError, match=r"without packed=, qkv must be \(B, L, 3, H, d\), got \(11, 3, 2, 16\)"
+    ):
         attention(q, k, v)
     for wrong in ((q[None], k[None], v[None]), (q[:10], k[:10], v[:10])):
         with pytest.raises(
@@ -484,7 +487,9 @@ def test_without_the_library_it_is_sdpa(monkeypatch):
 )
 def test_what_our_own_kernel_does_not_serve(device, dtype, reason):
     q = torch.zeros(1, 4, 2, 16, dtype=dtype, device=device)
-    with pytest.raises(RuntimeError, match=f'attention="native" cannot run. {reason}, or choose attention="sdpa"'):
+    with pytest.raises(
+        RuntimeError, match=f'attention="native" cannot run. {reason}, or choose attention="sdpa"'
+    ):
         attention(q, q, q, backend="native")
 
 
@@ -686,7 +691,8 @@ def test_an_unknown_backend():
         lambda: audiomae.create_model("audiomae_base", attention="flash"),
     ):
         with pytest.raises(
-            ValueError, match="attention must be one of (None, )?'native', 'sdpa', 'flash_attn', 'xformers', got 'flash'"
+            ValueError,
+            match="attention must be one of (None, )?'native', 'sdpa', 'flash_attn', 'xformers', got 'flash'",
         ):
             refused()
 

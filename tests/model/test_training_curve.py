@@ -6,7 +6,16 @@ import pytest
 import torch
 from audiomae_kernels import _library, _native
 from audiomae_kernels.window_attention.reference import window_attention_backward_ref, window_attention_ref
-from training import NATIVE_STEP_OPS, STEP_OPS, Calls, assert_curves_within_budget, batches, still, tiny, train
+from training import (
+    NATIVE_STEP_OPS,
+    STEP_OPS,
+    Calls,
+    assert_curves_within_budget,
+    batches,
+    still,
+    tiny,
+    train,
+)
 
 needs_library = pytest.mark.skipif(not _native.available(), reason=_native.why_not() or "loaded")
 DTYPES = [pytest.param(None, id="float32"), pytest.param(torch.bfloat16, id="bfloat16 autocast")]

@@ -55,7 +55,9 @@ def attention(
             tokens.
     """
     dims = "(B, L, 3, H, d)" if cu_seqlens is None else "(total, 3, H, d) with cu_seqlens"
-    _checks.expect_shape("attention: qkv", qkv, dims, *(None,) * (1 if cu_seqlens is not None else 2), 3, None, None)
+    _checks.expect_shape(
+        "attention: qkv", qkv, dims, *(None,) * (1 if cu_seqlens is not None else 2), 3, None, None
+    )
     _checks.expect_float("attention: qkv", qkv)
     if cu_seqlens is not None:
         _checks.expect_shape("attention: cu_seqlens", cu_seqlens, "(B + 1,)", None)
@@ -110,7 +112,9 @@ def _native_forward(qkv, cu_seqlens, seed, *, dropout):
 
 
 def _native_backward(grad, qkv, out, lse, cu_seqlens, seed, *, dropout):
-    return torch.ops.audiomae_native.attention_backward.default(grad, qkv, out, lse, cu_seqlens, seed, dropout)
+    return torch.ops.audiomae_native.attention_backward.default(
+        grad, qkv, out, lse, cu_seqlens, seed, dropout
+    )
 
 
 _library.register_gradient("attention", _setup_context, _backward)

@@ -45,11 +45,18 @@ def dropout_mask(seed: Tensor, clips: int | range, heads: int, length: int, drop
     the halves of its four words, low half first.
     """
     device = seed.device
-    clips = torch.arange(clips, device=device) if isinstance(clips, int) else torch.tensor(clips, device=device)
+    clips = (
+        torch.arange(clips, device=device) if isinstance(clips, int) else torch.tensor(clips, device=device)
+    )
     keys, groups = torch.arange(length, device=device), torch.arange(-(-length // 8), device=device)
     seed = seed.reshape(())
     words = philox(
-        (keys, groups[:, None], torch.arange(heads, device=device)[:, None, None], clips[:, None, None, None]),
+        (
+            keys,
+            groups[:, None],
+            torch.arange(heads, device=device)[:, None, None],
+            clips[:, None, None, None],
+        ),
         (seed & _LOW, (seed >> 32) & _LOW),
     )
     bits = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], 3)
