@@ -23,7 +23,7 @@ from training import Calls
 import audiomae
 from audiomae import attention as module
 from audiomae import cli
-from audiomae.attention import BACKENDS, Packed, best_backend, require_backend, why_not
+from audiomae.attention import Packed, best_backend, require_backend, why_not
 from audiomae.attention import attention as attention_of_qkv
 from audiomae.config import from_dict
 from audiomae.model import Block, GlobalAttention
@@ -439,7 +439,7 @@ def test_the_stand_ins_have_the_real_signatures(backend):
 @pytest.mark.parametrize("lengths", [None, LENGTHS, (4, 7, 4)], ids=["dense", "packed", "another"])
 @pytest.mark.parametrize("impl", [None, "native", "reference"])
 def test_a_model_on_a_cpu_has_our_own_kernel_unless_it_asks_for_references(impl, lengths):
-    name, overrides, layers = MODELS["mae_ast"]
+    name, overrides, _ = MODELS["mae_ast"]
     model = build(name, overrides, impl=impl, attention_dropout=0.0).float()
     x = torch.randn(*((2, 5) if lengths is None else (sum(lengths),)), 32, requires_grad=True)
     context = () if lengths is None else (Packed.of(lengths),)
@@ -692,7 +692,7 @@ def test_an_unknown_backend():
     ):
         with pytest.raises(
             ValueError,
-            match="attention must be one of (None, )?'native', 'sdpa', 'flash_attn', 'xformers', got 'flash'",
+            match=r"attention must be one of (None, )?'native', 'sdpa', 'flash_attn', 'xformers', got 'flash'",
         ):
             refused()
 

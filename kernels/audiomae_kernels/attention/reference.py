@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -127,8 +129,8 @@ def _clips(cu_seqlens: Tensor | None, x: Tensor) -> list[tuple[int | range, Tens
         raise RuntimeError(
             f"attention expects cu_seqlens that rise from 0 to the number of tokens, {x.shape[0]}."
         )
-    clips = zip(ends[:-1], ends[1:], strict=True)
-    return [(range(i, i + 1), x[None, first:last]) for i, (first, last) in enumerate(clips)] or [(0, x[None])]
+    clips = [(range(i, i + 1), x[None, a:b]) for i, (a, b) in enumerate(pairwise(ends))]
+    return clips or [(0, x[None])]
 
 
 def _joined(parts: list[Tensor], cu_seqlens: Tensor | None) -> Tensor:
