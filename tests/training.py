@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import audiomae
 from audiomae import Mask, model, ssast
+from audiomae.attention import attention
 from audiomae.config import MODELS
 
 STEPS = 20
@@ -96,7 +97,10 @@ def train(network: nn.Module, data, lr: float, autocast: torch.dtype | None = No
 
 @contextlib.contextmanager
 def eager():
-    """Models are plain PyTorch inside: no ops, and autocast chooses the dtypes."""
+    """Models are plain PyTorch inside: no ops, SDPA, and autocast chooses the dtypes."""
+
+    def sdpa(qkv, *, backend, **options):
+        return attention(qkv, **options, backend="sdpa")
 
     def plain(op):
         def function(x, *tensors, impl, **options):
@@ -107,8 +111,9 @@ def eager():
         return function
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(model, "attention", sdpa))
         for module in (model, ssast):
-            plain_ops = {op: plain(op) for op in REFERENCES if hasattr(module, op)}
+            plain_ops = {op: plain(op) for op in REFERENCES if op != "attention" and hasattr(module, op)}
             stack.enter_context(mock.patch.multiple(module, **plain_ops))
         yield
 
