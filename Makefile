@@ -63,7 +63,7 @@ test -n "$(PYTHON)" || \
 	{ echo "audiomae needs Python 3.10 to 3.13, and none was found: install one or name it with PYTHON=." >&2; exit 1; }
 endef
 
-.PHONY: help venv install native test test-all test-triton test-native-sanitized test-bench bench gpu lint clean
+.PHONY: help venv install native test test-all test-triton can-sanitize test-native-sanitized test-bench bench gpu lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -86,8 +86,19 @@ test-all: $(STAMPS)/dev $(STAMPS)/native ## run all tests
 test-triton: $(STAMPS)/dev ## run the Triton kernels in Triton's interpreter, and lint their binaries
 	$(TRITON_TESTS) -m "not slow" $(ARGS)
 
+# Why the next target cannot run here, or nothing. Clang's AddressSanitizer is another library than GCC's.
+can-sanitize:
+	@why="make test-native-sanitized needs Linux and GCC with its AddressSanitizer (Debian, Ubuntu: apt install g++)"; \
+	$${CXX:-c++} -dM -E -x c++ /dev/null 2>/dev/null | grep -q __GNUC__ || \
+		{ echo "$$why, and there is no compiler named $${CXX:-c++}: name GCC with CXX=g++." >&2; exit 1; }; \
+	! $${CXX:-c++} -dM -E -x c++ /dev/null | grep -q __clang__ || \
+		{ echo "$$why, and $${CXX:-c++} is Clang: name GCC with CXX=g++." >&2; exit 1; }; \
+	test -f "$$($${CXX:-c++} -print-file-name=libasan.so)" || \
+		{ echo "$$why, and $${CXX:-c++} finds no libasan.so: install it (Fedora: dnf install libasan libubsan)." >&2; \
+		exit 1; }
+
 # Beside the ordinary library. AddressSanitizer has to be in the process first, and libstdc++ for its exceptions.
-test-native-sanitized: $(STAMPS)/dev ## run the native kernels under AddressSanitizer and UBSan; needs GCC
+test-native-sanitized: can-sanitize $(STAMPS)/dev ## run the native kernels under AddressSanitizer and UBSan; needs GCC
 	@set -e; export PATH="$$PWD/.venv/bin:$$PATH"; find="$${CXX:-c++} -print-file-name"; \
 	torch=$$($(PY) -c 'import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)'); \
 	cmake -S . -B build/sanitized -DAUDIOMAE_SANITIZE=ON -DTORCH_DIR="$$torch" >/dev/null; \

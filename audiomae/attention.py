@@ -18,6 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def on_device(numbers: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Numbers of the host as a tensor on a device, without waiting for it."""
+    device = torch.device(device)
+    # From pinned memory the copy waits for nothing.
+    pinned = device.type == "cuda" and torch.cuda.is_available()
+    return torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=pinned).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, eq=False)
 class Packed:
     """Where the clips of a packed batch lie. Made once per batch with `Packed.of`, used by every layer.
@@ -44,11 +52,7 @@ class Packed:
             or not all(isinstance(n, int) and n > 0 for n in lengths)
         ):
             raise ValueError(f"lengths must be positive integers, one for each clip, got {lengths!r}")
-        device = torch.device(device)
-        # From pinned memory the copy waits for nothing.
-        pinned = device.type == "cuda" and torch.cuda.is_available()
-        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=pinned)
-        return cls(tuple(lengths), ends.to(device, non_blocking=True))
+        return cls(tuple(lengths), on_device([0, *accumulate(lengths)], torch.int32, device))
 
     @cached_property
     def block_diagonal(self) -> Any:

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; errors that a user can mend are printed as one sentence. Returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        status = options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough; what is still buffered has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         print(f"audiomae {options.command}: {error}", file=sys.stderr)
         return 1
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     doctor = commands.add_parser(
-        "doctor", help="what this machine has, and which implementation serves each op"
+        "doctor",
+        help="what this machine has, and which implementation serves each op",
+        description="Tells what this machine has, which implementation serves each op, and why the others do not. "
+        "The exit status is 1 if the environment names a native library or a CPU tier that cannot be had.",
     )
     doctor.set_defaults(run=_doctor)
 
@@ -85,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "output", type=Path, metavar="OUT", help="folder to write; from a folder: a .pth file"
     )
+    convert.add_argument("--force", action="store_true", help="write over what is at OUT already")
     _add_overrides(convert)
     convert.set_defaults(run=_convert)
 
@@ -127,7 +131,8 @@ def _positive(text: str) -> int:
 # -- doctor --------------------------------------------------------------------------------------------------
 
 
-def _doctor(options: argparse.Namespace) -> None:
+def _doctor(options: argparse.Namespace) -> int:
+    no_native = _native.why_not()
     print("Versions")
     print(f"  {'python':<12} {platform.python_version()} on {platform.platform()}")
     for package in ("audiomae", "torch", "triton", "torchaudio", "soundfile", "numpy", "safetensors"):
@@ -138,19 +143,20 @@ def _doctor(options: argparse.Namespace) -> None:
     for name, state in _accelerators():
         print(f"  {name:<12} {state}")
     print("Native library")
-    print(f"  {_native.why_not() or _native.LIBRARY}")
+    print(f"  {no_native or _native.LIBRARY}")
     for tier, chosen, reason in _native.cpu_tiers():
-        print(f"  {'*' if chosen else ' '} {tier:<10} {reason}".rstrip())
+        print(f"  {'*' if chosen else ' '} {tier:<12} {reason}".rstrip())
     for device in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
         print(f"Ops on {device} (* serves float32)")
         for op in OPS:
             for served in implementations(op, device):
-                print(
-                    f"  {'*' if served.chosen else ' '} {op:<17} {served.name:<10} {served.reason or 'available'}"
-                )
+                state = served.reason or "available"
+                state = "no native library, see above" if state == no_native else state
+                print(f"  {'*' if served.chosen else ' '} {op:<17} {served.name:<10} {state}")
         print(f"Attention on {device}")
         for backend in BACKENDS:
             print(f"  {backend:<12} {why_not(backend, torch.device(device)) or 'available'}")
+    return 1 if no_native and _native.demanded() else 0
 
 
 def _version(package: str) -> str:
@@ -263,6 +269,8 @@ def _convert(options: argparse.Namespace) -> None:
         return
     if options.output.is_file():
         raise FileExistsError(f"OUT is a folder to write, but {options.output} is a file")
+    if options.output.is_dir() and any(options.output.iterdir()) and not options.force:
+        raise FileExistsError(f"the folder {options.output} is not empty: choose another, or add --force")
     model = load_upstream(options.input, **_overrides(options))
     model.save_pretrained(options.output)
     kind, carried = model.upstream.kind, len(model.upstream.extras)
@@ -273,6 +281,10 @@ def _convert(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     if options.output.suffix != ".pth" or options.output.is_dir():
         raise ValueError(f"from a folder, OUT is a .pth file to write, got {options.output}")
+    if not options.output.parent.is_dir():
+        raise FileNotFoundError(f"the folder {options.output.parent} of OUT does not exist: make it first")
+    if options.output.exists() and not options.force:
+        raise FileExistsError(f"{options.output} exists already: choose another name, or add --force")
     state = to_upstream(_load(options.input, options))
     temporary = options.output.with_suffix(".pth.part")
     torch.save({"model": state}, temporary)

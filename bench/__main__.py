@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 _STARTED = time.perf_counter()
@@ -17,23 +18,35 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _common(level: argparse.ArgumentParser, quick: str, full: str) -> None:
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _common(level: argparse.ArgumentParser, quick: str, full: str, rounds: str) -> None:
     preset = level.add_mutually_exclusive_group()
     preset.add_argument("--quick", action="store_true", help=quick)
     preset.add_argument("--full", action="store_true", help=full)
-    level.add_argument("--rounds", type=_positive, metavar="N", help="interleaved rounds")
+    level.add_argument("--rounds", type=_positive, metavar="N", help=f"interleaved rounds; default: {rounds}")
     level.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     level.add_argument(
         "--threads", type=_positive, metavar="N", help="CPU threads; default: PyTorch's choice"
     )
 
 
+def _out(level: argparse.ArgumentParser, default: Path, holds: str) -> None:
+    shown = default.relative_to(Path(__file__).parents[1])
+    text = f"folder for {holds}, which are replaced if they are there; default: {shown}"
+    level.add_argument("--out", type=Path, default=default, metavar="DIR", help=text)
+
+
 def _parser() -> argparse.ArgumentParser:
+    from . import models as whole
     from . import registry
+    from .kernels import run
     from .kernels.cases import OPS
     from .kernels.providers import PROVIDERS
 
-    results = Path(__file__).parent / "results" / "latest"
+    latest = Path(__file__).parent / "results" / "latest"
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     levels = parser.add_subparsers(dest="level", required=True, metavar="LEVEL")
 
@@ -42,25 +55,40 @@ def _parser() -> argparse.ArgumentParser:
     _common(
         models,
         "under four minutes on two CPU cores (default)",
-        "batches of 8 clips, 10 rounds, no limit of time",
+        f"batches of {whole.FULL_BATCH} clips, {whole.FULL_ROUNDS} rounds, no limit of time",
+        f"up to {whole.QUICK_ROUNDS} as time allows, {whole.FULL_ROUNDS} with --full",
     )
     known = ", ".join(registry.MODELS)
     models.add_argument(
         "--models", nargs="+", metavar="NAME", help=f"of {known}; default: the three published base models"
     )
     models.add_argument(
-        "--dtypes", nargs="+", metavar="DTYPE", help="fp32 and bf16 (autocast); default: both"
+        "--dtypes",
+        nargs="+",
+        metavar="DTYPE",
+        help="fp32 and bf16 (autocast), or float32 and so on; default: both",
     )
-    models.add_argument("--batch-size", type=_positive, metavar="N", help="clips per step")
-    models.add_argument("--frames", type=_positive, default=1024, metavar="N", help="length of a clip")
-    models.add_argument("--out", type=Path, default=results, metavar="DIR")
+    models.add_argument(
+        "--batch-size",
+        type=_positive,
+        metavar="N",
+        help=f"clips per step; default: {whole.FULL_BATCH}, on a CPU without --full the largest of "
+        f"{_listed(whole.QUICK_BATCHES)} that leaves time for several rounds",
+    )
+    models.add_argument(
+        "--frames", type=_positive, default=1024, metavar="N", help="length of a clip; default: %(default)s"
+    )
+    _out(models, latest, "measurements.csv, report.md, throughput.png and memory.png")
 
     kernels = levels.add_parser("kernels", help="each op against other ways to compute it")
     kernels.set_defaults(run=_kernels, parser=kernels)
     _common(
         kernels,
         "the main shapes at batch 8, under four minutes on two CPU cores (default)",
-        "all shapes at batches of 1, 8 and 32, no limit of time",
+        f"all shapes at batches of {_listed(run.FULL_BATCHES)}, no limit of time",
+        "; with --full ".join(
+            f"up to {n}, for {s:.0f} s a case" for n, s in (run.QUICK_ROUNDS, run.FULL_ROUNDS)
+        ),
     )
     kernels.add_argument("--ops", nargs="+", metavar="OP", help=f"of {', '.join(OPS)}; default: all")
     kernels.add_argument(
@@ -70,10 +98,16 @@ def _parser() -> argparse.ArgumentParser:
         "--dtypes",
         nargs="+",
         metavar="DTYPE",
-        help="of fp32, bf16, fp16; default: all, without fp16 on a CPU",
+        help="of fp32, bf16, fp16, or float32 and so on; default: all, without fp16 on a CPU, where it is slow",
     )
-    kernels.add_argument("--batch-size", type=_positive, nargs="+", metavar="N", help="clips")
-    kernels.add_argument("--out", type=Path, default=results / "kernels", metavar="DIR")
+    kernels.add_argument(
+        "--batch-size",
+        type=_positive,
+        nargs="+",
+        metavar="N",
+        help=f"clips; default: {_listed(run.QUICK_BATCHES)}, with --full {_listed(run.FULL_BATCHES)}",
+    )
+    _out(kernels, latest / "kernels", "measurements.csv, report.md and kernels.png")
     return parser
 
 
@@ -84,12 +118,22 @@ def _chosen(parser, option: str, given, known, default) -> tuple[str, ...]:
     return tuple(dict.fromkeys(given or default))
 
 
+def _dtypes(parser, given, known, default) -> tuple[str, ...]:
+    from .registry import SPELLINGS
+
+    for name in given or ():
+        if SPELLINGS.get(name, name) not in known:
+            spelled = ", ".join(f"{short} or {long}" for long, short in SPELLINGS.items() if short in known)
+            parser.error(f"--dtypes: there is no {name!r} here; choose from {spelled}.")
+    return tuple(dict.fromkeys(SPELLINGS.get(name, name) for name in given or default))
+
+
 def _models(arguments, started: float) -> None:
     from . import models, registry
 
     parser = arguments.parser
     names = _chosen(parser, "--models", arguments.models, registry.MODELS, registry.DEFAULT_MODELS)
-    dtypes = _chosen(parser, "--dtypes", arguments.dtypes, registry.MODEL_DTYPES, registry.MODEL_DTYPES)
+    dtypes = _dtypes(parser, arguments.dtypes, registry.MODEL_DTYPES, registry.MODEL_DTYPES)
     if arguments.frames % 64:
         parser.error(
             f"--frames must be a multiple of 64 (four patches of 16 frames), got {arguments.frames}."
@@ -118,7 +162,7 @@ def _kernels(arguments, started: float) -> None:
             parser, "--providers", arguments.providers, tuple(providers.PROVIDERS), providers.PROVIDERS
         ),
         out=arguments.out,
-        dtypes=_chosen(parser, "--dtypes", arguments.dtypes, tuple(DTYPES), ()) or None,
+        dtypes=_dtypes(parser, arguments.dtypes, DTYPES, ()) or None,
         full=arguments.full,
         batches=tuple(dict.fromkeys(arguments.batch_size)) if arguments.batch_size else None,
         rounds=arguments.rounds,
@@ -133,18 +177,22 @@ def main(argv: list[str] | None = None, started: float = _STARTED) -> int:
     import torch
 
     from .device import DeviceError
+    from .start import Interrupted, UsageError
 
-    if arguments.out.exists() and not arguments.out.is_dir():
-        arguments.parser.error(f"--out must be a folder, but {arguments.out} is a file.")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
         arguments.run(arguments, started)
+    except UsageError as error:
+        arguments.parser.error(str(error))
     except DeviceError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
+    except Interrupted as stop:
+        print(f"bench: {stop}.", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
-        print(f"bench: interrupted; what was measured is in {arguments.out}.", file=sys.stderr)
+        print("bench: interrupted; no report was written.", file=sys.stderr)
         return 130
     return 0
 

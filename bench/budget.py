@@ -25,7 +25,7 @@ def evaluate(
     cotangent: Tensor | None = None,
     gradients: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
-    """``{"output": ..., "gradient of NAME": ...}`` of ``function(**tensors)``.
+    """``{"output": ..., "grad of NAME": ...}`` of ``function(**tensors)``.
 
     Args:
         wrt: the tensors that require gradients.
@@ -41,7 +41,7 @@ def evaluate(
     if gradients := wrt if gradients is None else gradients:
         cotangent = torch.ones_like(output) if cotangent is None else cotangent.to(output.dtype)
         found = torch.autograd.grad(output, [leaves[name] for name in gradients], cotangent)
-        results |= {f"gradient of {name}": gradient for name, gradient in zip(gradients, found, strict=True)}
+        results |= {f"grad of {name}": gradient for name, gradient in zip(gradients, found, strict=True)}
     return results
 
 

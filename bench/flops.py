@@ -44,6 +44,20 @@ def transformer(tokens: int, width: int, depth: int, window: int | None = None, 
     return Part(linears, 4.0 * depth * tokens * (window or tokens) * width)
 
 
+def cross_transformer(
+    queries: int, width: int, depth: int, memory: int, memory_width: int, layers: int, mlp_ratio: float = 4
+) -> Part:
+    """`depth` blocks in which `queries` tokens attend to `memory` tokens, mixed anew from `layers` for each block."""
+    hidden = int(mlp_ratio * width)
+    shapes = [(width, width), (width, width), (width, hidden), (hidden, width)]
+    linears = Counter()
+    for k, n in shapes:
+        linears[queries, k, n] += depth
+    linears[memory, memory_width, 2 * width] += depth
+    linears[memory * memory_width, layers, depth] += 1
+    return Part(linears, 4.0 * depth * queries * memory * width)
+
+
 @dataclass(frozen=True)
 class Cost:
     """A model's parts, per clip, by name ("embed", "encoder", "decoder", "heads")."""
@@ -72,7 +86,8 @@ def cost(config, kept: int, frames: int) -> Cost:
     """The forward pass of one clip.
 
     Args:
-        config: an `MAEConfig` with a window or global decoder, or an `SSASTConfig`.
+        config: an `MAEConfig` with a window, global or cross decoder, or an `SSASTConfig`. Of `decode_ratio` a
+            cross decoder alone: how many masked tokens a share of the windows holds depends on the mask.
         kept: visible tokens.
         frames: of the clip.
     """
@@ -90,9 +105,15 @@ def cost(config, kept: int, frames: int) -> Cost:
                 "heads": heads,
             }
         )
-    if config.decoder not in ("window", "global"):
-        raise ValueError(f'the cost model knows the decoders "window" and "global", not {config.decoder!r}.')
+    if config.decoder not in ("window", "global", "cross"):
+        raise ValueError(
+            f'the cost model knows the decoders "window", "global" and "cross", not {config.decoder!r}.'
+        )
+    if config.decoder == "window" and config.decode_ratio < 1.0:
+        raise ValueError("the cost model knows no share of the windows: decode_ratio must be 1.0.")
     prefix = config.prefix_tokens
+    if config.decoder == "cross":
+        masked = min(masked, max(1, int(masked * config.decode_ratio)))
     if config.decoder == "window":
         window, decoded = config.window[0] * config.window[1], tokens
     else:
@@ -100,11 +121,19 @@ def cost(config, kept: int, frames: int) -> Cost:
     parts = {
         "embed": linear(kept, values, width),
         "encoder": transformer(kept + prefix, width, config.depth, mlp_ratio=config.mlp_ratio),
-        "decoder": transformer(
-            decoded, config.decoder_width, config.num_decoder_blocks, window, config.mlp_ratio
-        ),
+        "decoder": cross_transformer(
+            masked,
+            config.decoder_width,
+            config.num_decoder_blocks,
+            kept + prefix,
+            width,
+            config.depth,
+            config.mlp_ratio,
+        )
+        if config.decoder == "cross"
+        else transformer(decoded, config.decoder_width, config.num_decoder_blocks, window, config.mlp_ratio),
         "heads": linear(masked, config.decoder_width, values, 2 if config.info_nce_weight > 0 else 1),
     }
-    if config.decoder_width != width:
+    if config.decoder_width != width and config.decoder != "cross":
         parts["bridge"] = linear(kept + prefix, width, config.decoder_width)
     return Cost(parts)

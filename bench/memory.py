@@ -9,28 +9,57 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .registry import Case
 
 
+class _Storages(TorchDispatchMode):
+    """Remembers every storage that an operator makes, without keeping it alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor)
+        return result
+
+    def add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+
+    def alive(self) -> dict[int, int]:
+        return {key: size for key, (reference, size) in self.seen.items() if not reference.expired()}
+
+
 def saved_bytes(forward, parameters) -> tuple[int, torch.Tensor]:
-    """Bytes of the distinct storages that `forward()` saves for its backward pass, parameters excluded.
+    """Bytes of the distinct storages that `forward()` keeps for its backward pass, parameters excluded.
+
+    Counted is what autograd has saved, an input of the step included, and whatever else the operators made
+    and something but the result still holds when `forward` has returned, such as the inputs of checkpointed segments.
 
     Returns:
         (bytes, the result of forward), the graph still alive.
     """
-    own = {p.untyped_storage().data_ptr() for p in parameters}
-    seen: dict[int, int] = {}
+    own = {p.untyped_storage()._cdata for p in parameters}
+    storages, saved = _Storages(), {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
+        saved[storage._cdata] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), storages:
         result = forward()
-    return sum(seen.values()), result
+    own |= {t.untyped_storage()._cdata for t in pytree.tree_leaves(result)} - saved.keys()
+    kept = {**saved, **storages.alive()}
+    return sum(size for key, size in kept.items() if key not in own), result
 
 
 def _status(field: str) -> int | None:

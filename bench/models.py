@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from .data import spectrograms
 from .memory import peak_bytes, saved_bytes
 from .providers import Step, build, copy_weights, make_optimizer, share_weights
 from .registry import Case, cases
-from .timing import Progress, ProviderError
+from .start import open_run, reported
+from .timing import ProviderError
 
 # Relative tolerances of (loss, norm of all gradients) against the fp32 baseline. A bf16 value is off by up to
 # 2^-8; the loss averages over 10^5 of them, gradients pass through every layer.
@@ -249,30 +249,22 @@ def run(options: Options, started: float) -> Path:
 
     Raises:
         DeviceError: a GPU is present but unusable, or the models do not fit into memory.
+        UsageError: `options.out` cannot be written to.
+        Interrupted: by Ctrl-C; the report holds what was measured.
     """
-    progress = Progress(started)
-    torch.manual_seed(0)
-    device = devices.select(options.device)
-    others = devices.others_running()
-    environment = devices.environment(device)
-    options.out.mkdir(parents=True, exist_ok=True)
-    progress(f"{environment['device_name']}, {environment['threads']} threads, torch {environment['torch']}")
-
+    start = open_run("models", options, started)
+    device, progress = start.device, start.progress
     hurried = not options.full and device.type == "cpu"
     batch = options.batch or (choose_batch(options, device) if hurried else FULL_BATCH)
     rounds = options.rounds or (FULL_ROUNDS if options.full else QUICK_ROUNDS)
     rows = cases(options.models, options.dtypes, batch, options.frames, options.overrides)
     progress(f"{timing.plural(len(rows), 'row')}, {timing.plural(batch, 'clip')} of {options.frames} frames")
 
-    common = {
-        **environment,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "preset": "full" if options.full else "quick",
-        "level": "models",
-    }
-    path = options.out / "measurements.csv"
-    with results.Writer(path, common) as write:
-        write.add("others_running", others)
+    with (
+        reported(start, report.write, ", throughput.png and memory.png"),
+        results.Writer(start.path, start.common) as write,
+    ):
+        write.add("others_running", start.others)
         spectrogram = spectrograms(batch, options.frames)
         progress("ceilings: matrix products of the models' shapes, memory copy")
         begin = progress.elapsed
@@ -315,20 +307,20 @@ def run(options: Options, started: float) -> Path:
         def another(done: int) -> bool:
             return progress.elapsed + (progress.elapsed - begin) / done <= end
 
-        measure_time(
-            {case: steps[case] for case in good},
-            {case: loss for case, (loss, _) in good.items()},
-            rounds,
-            timing.measure_cuda if device.type == "cuda" else timing.measure_cpu,
-            another,
-            write,
-            progress,
-        )
-        if progress.elapsed <= end:
-            progress("ceilings once more: the machine may have changed its speed")
-            ceilings.measure(rows, device, write)
-        for case in good:
-            write.add("floor", ceilings.floor(case, parameters[case]), "s", **case.columns())
-    print(report.write(path, options.out))
-    progress(f"wrote {path}, report.md, throughput.png and memory.png")
-    return path
+        try:
+            measure_time(
+                {case: steps[case] for case in good},
+                {case: loss for case, (loss, _) in good.items()},
+                rounds,
+                timing.measure_cuda if device.type == "cuda" else timing.measure_cpu,
+                another,
+                write,
+                progress,
+            )
+            if progress.elapsed <= end:
+                progress("ceilings once more: the machine may have changed its speed")
+                ceilings.measure(rows, device, write)
+        finally:
+            for case in good:
+                write.add("floor", ceilings.floor(case, parameters[case]), "s", **case.columns())
+    return start.path

@@ -15,6 +15,7 @@ from audiomae.masking import num_kept
 from . import flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SPELLINGS = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}  # float32 -> fp32
 MODEL_DTYPES = ("fp32", "bf16")
 PROVIDERS = ("plain", "ours")
 

@@ -214,6 +214,8 @@ def warnings(records: Sequence[dict]) -> list[str]:
                 f"The machine was busy at the start: {record['value']:.1f} other processes were running on "
                 f"{plural(cores, 'core')}. Run it again on an idle machine."
             )
+    if any(record["metric"] == "interrupted" for record in records):
+        found.append("The run was interrupted: this is what it measured until then.")
     copies = [record["value"] for record in records if record["metric"] == "copy_ceiling"]
     if len(copies) > 1 and abs(copies[-1] - copies[0]) > 0.2 * max(copies[0], copies[-1]):
         found.append(
@@ -255,11 +257,15 @@ def text(records: Sequence[dict]) -> str:
     """The whole report in Markdown."""
     rows, first = collect(records), records[0]
     rounds = max((len(row.seconds) for row in rows), default=0)
-    one = rows[0]
     sections = [
         "# Benchmark: whole models, one training step",
         environment(first),
         *(f"**{warning}**" for warning in warnings(records)),
+    ]
+    if not rows:
+        return "\n\n".join([*sections, "No row was measured."]) + "\n"
+    one = rows[0]
+    sections += [
         f"A step is forward, backward and AdamW on {plural(one.batch, 'clip')} of {one.frames} frames x 128 mel bins "
         f"({one.tokens} tokens), spectrograms of real recordings. {plural(rounds, 'interleaved round')}; "
         f"the figures are medians with {brackets(rounds)} in brackets. bf16 is fp32 weights under bf16 autocast. "

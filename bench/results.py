@@ -38,7 +38,9 @@ class Writer:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        if kind is KeyboardInterrupt:
+            self.add("interrupted", None)
         self.file.close()
 
     def add(self, metric: str, value: float | None, unit: str = "", **columns) -> None:

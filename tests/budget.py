@@ -5,7 +5,10 @@ already rounded to the dtype under test. The op's error may be twice eager's plu
 dtype. Outputs and every gradient are judged, each by name; NaN never passes.
 
 The error of a tensor is its largest. Of a result with few values (a loss, one number per head) that would be
-a matter of luck, so it is the root mean square over draws of the inputs.
+a matter of luck, so it is the root mean square over draws of the inputs: the chance that the RMS of `FEW` equally good
+errors is twice that of as many others is below 1e-3.
+
+The benchmark, which meets every shape and machine, judges the same figures with some room (`bench.budget.Errors`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,35 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-FEW = 32  # values; the chance that the RMS of 32 equally good errors is twice that of 32 others is below 1e-3
+from bench.budget import FEW, draws_needed, evaluate
+from bench.budget import in_float64 as to_exact
 
-
-def evaluate(
-    function: Callable[..., Tensor],
-    tensors: Mapping[str, Tensor | None],
-    wrt: Sequence[str] = (),
-    cotangent: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """``{"output": ..., "grad of NAME": ...}`` of ``function(**tensors)``; `wrt` names the leaves."""
-    leaves = {
-        name: tensor if tensor is None else tensor.detach().requires_grad_(name in wrt)
-        for name, tensor in tensors.items()
-    }
-    output = function(**leaves)
-    results = {"output": output.detach()}
-    if wrt:
-        cotangent = torch.ones_like(output) if cotangent is None else cotangent.to(output.dtype)
-        grads = torch.autograd.grad(output, [leaves[name] for name in wrt], cotangent)
-        results |= {f"grad of {name}": grad for name, grad in zip(wrt, grads, strict=True)}
-    return results
-
-
-def to_exact(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """The same values in float64."""
-    return {
-        name: tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
-        for name, tensor in tensors.items()
-    }
+__all__ = ["FEW", "assert_within_budget", "compare", "evaluate", "to_exact"]
 
 
 def assert_within_budget(
@@ -62,7 +40,7 @@ def assert_within_budget(
         eager = evaluate(lambda **t: reference(**t, upcast=False), tensors, wrt, cotangent)
         exact = evaluate(lambda **t: reference(**t, upcast=True), to_exact(tensors), wrt, cotangent)
         triples.append((actual, eager, exact))
-        draws = max((-(-FEW // value.numel()) for value in actual.values() if value.numel()), default=1)
+        draws = max((draws_needed(value) for value in actual.values() if value.numel()), default=1)
     compare(*zip(*triples, strict=True))
 
 

@@ -116,10 +116,9 @@ def test_stale_library(tmp_path):
     )
 
 
-@pytest.mark.parametrize("content", [b"", b"not a library"])
-def test_library_that_does_not_load(tmp_path, content):
+def test_library_that_does_not_load(tmp_path):
     library = tmp_path / "libaudiomae_native.so"
-    library.write_bytes(content)
+    library.write_text(f"audiomae_native_stamp={'0' * 64};")
     why = _native._load(library, tmp_path / "no sources")
     assert re.fullmatch(
         r"The native CPU library does not load into torch .* \(.*\): run `make native` .*\.", why
@@ -153,7 +152,30 @@ def test_makefile_refuses_python(checkout, version):
 def test_ci_run():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert "make test" in script.read_text()
+    assert {"make test </dev/null", "make test-native-sanitized </dev/null"} <= {
+        line.strip() for line in script.read_text().splitlines()
+    }
+
+
+@needs_make
+@pytest.mark.parametrize(
+    "compiler, reason",
+    [
+        ("exit 1", "there is no compiler named .*: name GCC with CXX=g\\+\\+"),
+        ("echo '#define __GNUC__ 4'; echo '#define __clang__ 1'", "is Clang: name GCC with CXX=g\\+\\+"),
+        ("[ $1 = -dM ] && echo '#define __GNUC__ 4' || echo libasan.so", r"finds no libasan\.so: install it"),
+    ],
+    ids=["no compiler", "Clang", "no libasan"],
+)
+def test_makefile_says_why_it_cannot_sanitize(checkout, compiler, reason):
+    program = checkout / "compiler"
+    program.write_text(f"#!/bin/sh\n{compiler}\n")
+    program.chmod(0o755)
+    done = run(["make", "test-native-sanitized", f"CXX={program}"], checkout)
+    assert done.returncode != 0 and not (checkout / ".venv").exists()
+    assert re.match(f"make test-native-sanitized needs Linux and GCC .*, and .*{reason}", done.stderr), (
+        done.text
+    )
 
 
 @pytest.mark.slow

@@ -151,10 +151,45 @@ def test_doctor(run):
         served = [line for line in lines if op in line.split()]
         assert {"reference", "native", "triton"} <= {word for line in served for word in line.split()}
         assert sum(line.lstrip().startswith("*") for line in served) == 1 + torch.cuda.is_available()
+        assert all(line.endswith(" available") for line in served if line.lstrip().startswith("*"))
     for tier, chosen, _ in _native.cpu_tiers():
         assert any(line.split()[: 1 + chosen] == ["*"] * chosen + [tier] for line in lines if line.strip())
     if not _native.available():
-        assert _native.why_not() in out
+        assert out.count(_native.why_not()) == 1
+
+
+def doctor(**environment):
+    command = [sys.executable, "-m", "audiomae", "doctor"]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+
+
+TIERS = {name: reason for name, _, reason in _native.cpu_tiers()}
+REFUSED = {"nonsense": "is not a tier of this build, which has portable"}
+REFUSED |= {name: "cannot run on this machine: it lacks" for name in TIERS if "lacks" in TIERS[name]}
+
+
+@pytest.mark.skipif(not TIERS, reason=_native.why_not() or "loaded")
+@pytest.mark.parametrize("tier", REFUSED)
+def test_doctor_and_a_tier_that_cannot_be_had(tier):
+    done = doctor(AUDIOMAE_CPU_TIER=tier)
+    assert done.returncode == 1 and not done.stderr
+    assert done.stdout.count(f"AUDIOMAE_CPU_TIER={tier} {REFUSED[tier]}") == 1
+    served = [line.split(maxsplit=2) for line in done.stdout.splitlines() if " native  " in line]
+    assert [line[1:] for line in served] == [["native", "no native library, see above"]] * len(OPS)
+
+
+def test_doctor_and_a_library_that_is_none(tmp_path):
+    (tmp_path / "notes.txt").write_text("no library\n")
+    done = doctor(AUDIOMAE_NATIVE_LIBRARY=str(tmp_path / "notes.txt"))
+    assert done.returncode == 1 and not done.stderr
+    assert done.stdout.count("notes.txt is not a library that this package built: name a native library") == 1
+
+
+def test_columns_of_doctor_line_up(run, monkeypatch):
+    tiers = [("portable", False, "one"), ("avx512_bf16", True, "two")]
+    monkeypatch.setattr(_native, "cpu_tiers", lambda: tiers)
+    lines = run("doctor")[1].splitlines()
+    assert len({line.index(word) for _, _, word in tiers for line in lines if line.endswith(f" {word}")}) == 1
 
 
 # -- embed ---------------------------------------------------------------------------------------------------
@@ -417,11 +452,29 @@ def test_refused_folders(run, refused, checkpoints, tmp_path):
     assert "config.json is no model configuration" in refused("verify", tmp_path / "model")
     assert "no config.json" in refused("convert", tmp_path / "empty", tmp_path / "out.pth")
     assert "OUT is a .pth file" in refused("convert", tmp_path / "empty", tmp_path / "out")
+    nowhere = tmp_path / "nowhere" / "out.pth"
+    message = f"the folder {nowhere.parent} of OUT does not exist: make it first"
+    assert message in refused("convert", tmp_path / "model", nowhere) and not nowhere.parent.exists()
     assert "config.json says all of the model" in refused("verify", tmp_path / "model", "--tokens", "patch")
     blocked = tmp_path / "file"
     blocked.write_text("here already")
     refused("convert", checkpoints["encoder"], blocked)
     assert blocked.read_text() == "here already" and not (tmp_path / "out").exists()
+
+
+def test_convert_writes_over_nothing_unless_forced(run, refused, checkpoints, tmp_path):
+    folder, file = tmp_path / "model", tmp_path / "back.pth"
+    folder.mkdir()  # empty: there is nothing to lose
+    assert run("convert", checkpoints["encoder"], folder)[0] == 0
+    assert run("convert", folder, file)[0] == 0
+    weights, published = (folder / "model.safetensors").read_bytes(), file.read_bytes()
+    message = refused("convert", checkpoints["finetuned"], folder)
+    assert f"the folder {folder} is not empty: choose another, or add --force" in message
+    assert f"{file} exists already: choose another name, or add --force" in refused("convert", folder, file)
+    assert (folder / "model.safetensors").read_bytes() == weights and file.read_bytes() == published
+    assert run("convert", checkpoints["finetuned"], folder, "--force")[0] == 0
+    assert run("convert", folder, file, "--force")[0] == 0
+    assert (folder / "model.safetensors").read_bytes() != weights and file.read_bytes() != published
 
 
 def test_names_are_no_checkpoints(refused):

@@ -182,10 +182,23 @@ def test_a_failure_is_the_exit_code(make_gpu, tmp_path, broken):
     assert len(list(tmp_path.glob("*.tar.gz"))) == 1
 
 
+def test_an_installation_that_fails_is_named_with_its_log(make_gpu):
+    steps = [python("install", "raise SystemExit(2)"), Step("environment", ["/nonexistent/python"])]
+    code, said = make_gpu(steps, [])
+    assert code == 1
+    assert (
+        said[-1]
+        == "Nothing was measured, because of the step 'install': failed (see gpu-results/install.log)."
+    )
+
+
 def test_without_a_gpu_the_reason_comes_last(make_gpu, tmp_path):
     refuse = "import sys; print('There is no GPU here.'); sys.exit(1)"
     code, said = make_gpu([python("environment", refuse)], [python("never", "open('ran', 'w')")])
     assert code == 1 and said[-1] == "There is no GPU here."
+    assert len(said) == 3 and said[0].startswith(
+        "environment (gpu-results/environment.log) ... failed after "
+    )
     assert not list(tmp_path.glob("*.tar.gz")) and not (tmp_path / "ran").exists()
 
 
@@ -218,7 +231,11 @@ def test_environment_without_a_gpu(tmp_path, monkeypatch, capsys):
     file = tmp_path / "environment.json"
     monkeypatch.setattr(environment.devices, "select", lambda name: torch.device("cpu"))
     assert environment.main([str(file)]) == 1
-    assert capsys.readouterr().out.startswith("There is no CUDA or ROCm GPU on this machine")
+    said = capsys.readouterr().out
+    assert (
+        said.startswith("No CUDA or ROCm GPU was found")
+        and "nothing was measured and nothing rehearsed" in said
+    )
     assert not file.exists()
 
 

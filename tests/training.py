@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
-from budget import FEW, compare
 from kernel_cases import REFERENCES
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
@@ -21,9 +20,10 @@ from audiomae.config import MODELS
 
 STEPS = 20
 RATES = ("dropout", "attention_dropout", "input_dropout", "layer_drop", "bias_dropout")
-# A grid of 8 x 4 tokens: windows of 4 x 4, the second decoder block's shifted.
+# A grid of 8 x 4 tokens: windows of 4 x 4, the second decoder block's shifted, and heads of 32 as in the published
+# decoder, which the kernels have paths of their own for.
 TINY = {"width": 32, "heads": 2, "depth": 1, "frames": 128, "mel_bins": 64}
-TINY |= {"decoder_width": 32, "decoder_heads": 2, "decoder_depth": 2}
+TINY |= {"decoder_width": 64, "decoder_heads": 2, "decoder_depth": 2}
 _COMMON = {"patch_gather", "unshuffle", "unshuffle_backward", "masked_mse", "masked_mse_backward"}
 _ATTENTION = {"attention", "attention_backward"}  # native only: elsewhere attention is PyTorch's
 STEP_OPS = {  # of one training step
@@ -123,14 +123,16 @@ def assert_curves_within_budget(
     impl: str | None,
     lr: float,
     autocast: torch.dtype | None = None,
-    draws: int = -(-FEW // STEPS),
+    draws: int = 1,
 ) -> None:
     """Training ``build(seed=..., impl=impl)``: twice the error of plain PyTorch, and one rounding more.
 
-    The error is the relative distance of a curve, in float32 or under `autocast`, from that of the same model
-    all in float64: its root mean square over the steps of all draws (of weights, data and masks).
+    The error is the relative distance of a curve, in float32 or under `autocast`, from that of the same model all in
+    float64: its root mean square over the steps. Each of the `draws` (of weights, data and masks) is judged by
+    itself, and the median of them decides. For training amplifies the first roundings, by a factor that the steps of
+    a draw share and that differs a hundredfold between draws: a mean over steps and draws would be one draw's error.
     """
-    curves = []
+    judged = defaultdict(list)
     for seed in range(draws):
         data = list(batches(build(seed=seed), seed))
         actual = train(build(seed=seed, impl=impl), data, lr, autocast)
@@ -139,8 +141,19 @@ def assert_curves_within_budget(
             exact = train(build(seed=seed).double(), data, lr)
         loss = exact["loss"]
         assert loss[-4:].mean() < 0.9 * loss[:4].mean(), f"the curve hardly moves: {loss}"
-        curves.append([relative(run, to=exact) for run in (actual, plain, exact)])
-    compare(*zip(*curves, strict=True))
+        for name, truth in exact.items():
+            assert actual[name].isfinite().all(), f"{name}: {actual[name]}"
+            error, plain_error = (
+                (run[name] / truth - 1).square().mean().sqrt().item() for run in (actual, plain)
+            )
+            budget = 2 * plain_error + torch.finfo(actual[name].dtype).eps
+            judged[name].append((error / budget, error, plain_error, budget))
+    over = []
+    for name, figures in judged.items():
+        share, error, plain_error, budget = sorted(figures)[draws // 2]
+        if share > 1:
+            over.append(f"{name}: error {error:.3g}, eager error {plain_error:.3g}, budget {budget:.3g}")
+    assert not over, "; ".join(over)
 
 
 def relative(run: dict[str, Tensor], to: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -237,6 +237,8 @@ PROVIDERS: dict[str, tuple[Callable[[Case, torch.device], Function], tuple[str, 
     "triton": (partial(_ours, "triton"), tuple(op for op in OPS if op != "attention")),
 }
 
+COMPILED = ("compiled", "flex", "triton")  # their first call takes long
+
 
 def serving(op: str) -> tuple[str, ...]:
     """The providers of an op."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -22,6 +23,7 @@ from .. import results, roofline, timing
 from ..budget import Errors, draws_needed, evaluate, in_float64
 from ..memory import saved_bytes
 from ..registry import DTYPES
+from ..start import UsageError, open_run, reported
 from ..timing import Progress, ProviderError
 from . import providers, report
 from .cases import MODES, PARAMETERS, Case, Work, cases
@@ -129,6 +131,20 @@ class Copy:
 
 
 @contextmanager
+def quiet_compilers() -> Iterator[None]:
+    """Leaves out what torch.compile says of itself: a CUDA toolkit without a GPU, its own deprecated calls."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
 def fresh_compile_caches() -> Iterator[None]:
     """Everything is compiled in this run, so that its seconds do not depend on earlier ones."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -138,7 +154,10 @@ def fresh_compile_caches() -> Iterator[None]:
 
 
 def check(
-    case: Case, functions: dict[str, providers.Function], device: torch.device
+    case: Case,
+    functions: dict[str, providers.Function],
+    device: torch.device,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict, dict, Tensor]:
     """Hold every provider to the error budget; those that draw other random numbers, without dropout.
 
@@ -163,12 +182,12 @@ def check(
     errors: dict[str, Errors] = {}
     seconds: dict[str, float] = {}
     wrong: dict[str, str] = {}
-    needed = {"output": 1, **{f"gradient of {name}": 1 for name in case.shape.wrt}}
+    needed = {"output": 1, **{f"grad of {name}": 1 for name in case.shape.wrt}}
     seed = 0
     while seed < max(needed.values()):
         tensors = case.tensors(seed, device)
         # One draw judges a large result; small ones (a loss, a number per head) ask for more.
-        gradients = [name for name in case.shape.wrt if seed < needed[f"gradient of {name}"]]
+        gradients = [name for name in case.shape.wrt if seed < needed[f"grad of {name}"]]
         try:
             output = evaluate(eager_function, tensors)["output"]
             cotangent = _cotangent(output, seed)
@@ -184,6 +203,8 @@ def check(
             raise ProviderError(f"the reference could not run: {timing.describe(error)}") from error
         for name, function in list(functions.items()):
             forward_only = bool(providers.without_backward(name, case, device))
+            if seed == 0 and name in providers.COMPILED:
+                progress(f"  compiling {name} ...")
             try:
                 start = time.perf_counter()
                 found = judge(function, **({} if forward_only else differentiate))
@@ -253,7 +274,7 @@ def measure_case(
         except Exception as error:
             fail(name, timing.describe(error))
     try:
-        first_call, wrong, output = check(case, functions, device)
+        first_call, wrong, output = check(case, functions, device, progress)
         inputs = Inputs(case, device, output)
         work = case.work(inputs.sets[0][0])
         variants: dict[str, Passes | Copy] = {COPY: Copy([work[m] for m in MODES[:2] if m in work], device)}
@@ -315,6 +336,39 @@ def measure_ceilings(dtypes: Sequence[str], device: torch.device, write: results
     write.add("copy_ceiling", roofline.copy_ceiling(device), "bytes/s")
 
 
+def serviceable(
+    todo: Sequence[Case], chosen: Sequence[str], device: torch.device
+) -> dict[Case, tuple[str, ...]]:
+    """The cases that some of the chosen providers are for, with these providers.
+
+    Raises:
+        UsageError: not one of them can run a single case here; it says why.
+    """
+    served = {case: tuple(name for name in providers.serving(case.op) if name in chosen) for case in todo}
+    served = {case: names for case, names in served.items() if names}
+    reasons = {}
+    for name in chosen:
+        own = [case for case, names in served.items() if name in names]
+        unable = [_why_unable(name, case, device) for case in own]
+        if not all(unable):
+            return served
+        reasons[name] = (
+            unable[0] if unable else f"It serves {' and '.join(providers.PROVIDERS[name][1])} only."
+        )
+    why = " ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise UsageError(f"None of the chosen providers can run any of the chosen cases here. {why}")
+
+
+def _why_unable(name: str, case: Case, device: torch.device) -> str:
+    try:
+        providers.build(name, case, device)
+    except providers.Unable as unable:
+        return str(unable)
+    except Exception:  # a failure, which its row will show
+        pass
+    return ""
+
+
 def run(options: Options, started: float) -> Path:
     """Measure; write measurements.csv, report.md and kernels.png into `options.out`; return the CSV's path.
 
@@ -323,48 +377,40 @@ def run(options: Options, started: float) -> Path:
 
     Raises:
         DeviceError: a GPU is present but unusable.
+        UsageError: no provider serves any case, or `options.out` cannot be written to.
+        Interrupted: by Ctrl-C; the report holds what was measured.
     """
-    progress = Progress(started)
-    torch.manual_seed(0)
-    device = devices.select(options.device)
-    others = devices.others_running()
-    environment = devices.environment(device)
-    options.out.mkdir(parents=True, exist_ok=True)
-    progress(f"{environment['device_name']}, {environment['threads']} threads, torch {environment['torch']}")
-
+    start = open_run("kernels", options, started)
+    device, progress = start.device, start.progress
     dtypes = options.dtypes or tuple(DTYPES)[: 2 if device.type == "cpu" else 3]
     batches = options.batches or (FULL_BATCHES if options.full else QUICK_BATCHES)
     limits = FULL_ROUNDS if options.full else QUICK_ROUNDS
     if options.rounds:
         limits = options.rounds, float("inf")
-    todo = cases(options.ops, dtypes, batches, quick=not options.full)
-    progress(f"{timing.plural(len(todo), 'case')} of {', '.join(options.ops)}")
+    todo = serviceable(cases(options.ops, dtypes, batches, quick=not options.full), options.providers, device)
+    progress(f"{timing.plural(len(todo), 'case')} of {', '.join(dict.fromkeys(case.op for case in todo))}")
+    if "fp16" in dtypes and device.type == "cpu":
+        progress("fp16 is slow on most CPUs: expect its cases to take several times as long as those of fp32")
     measure = timing.measure_passes_cpu if device.type == "cpu" else timing.PassesOnCUDA(device)
 
-    common = {
-        **environment,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "preset": "full" if options.full else "quick",
-        "level": "kernels",
-    }
-    path = options.out / "measurements.csv"
-    try:
-        with results.Writer(path, common, results.KERNEL_COLUMNS) as write, fresh_compile_caches():
-            write.add("others_running", others)
-            write.add("cases", len(todo))
-            measure_ceilings(dtypes, device, write)
-            for case in todo:
-                names = [name for name in providers.serving(case.op) if name in options.providers]
-                if not options.full and device.type == "cpu" and progress.elapsed > QUICK_SECONDS:
-                    for name in names:
-                        note = "not measured: the quick preset's time was spent; choose --ops, or take --full"
-                        write.add("error", None, note=note, **case.columns(), provider=name)
-                    continue
-                measure_case(case, names, device, measure, limits, write, progress)
-                torch.compiler.reset()  # each case is compiled for its own shapes
-                timing.release()
-            measure_ceilings(dtypes, device, write)
-    finally:  # a run of hours that is ended early leaves a report of what it measured
-        print(report.write(path, options.out))
-        progress(f"wrote {path}, report.md and kernels.png")
-    return path
+    with (
+        reported(start, report.write, " and kernels.png"),
+        results.Writer(start.path, start.common, results.KERNEL_COLUMNS) as write,
+        fresh_compile_caches(),
+        quiet_compilers(),
+    ):
+        write.add("others_running", start.others)
+        write.add("cases", len(todo))
+        progress("ceilings: a large matrix product of each dtype, memory copy")
+        measure_ceilings(dtypes, device, write)
+        for case, names in todo.items():
+            if not options.full and device.type == "cpu" and progress.elapsed > QUICK_SECONDS:
+                for name in names:
+                    note = "not measured: the quick preset's time was spent; choose --ops, or take --full"
+                    write.add("error", None, note=note, **case.columns(), provider=name)
+                continue
+            measure_case(case, names, device, measure, limits, write, progress)
+            torch.compiler.reset()  # each case is compiled for its own shapes
+            timing.release()
+        measure_ceilings(dtypes, device, write)
+    return start.path

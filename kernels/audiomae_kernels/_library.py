@@ -65,6 +65,7 @@ class Implementation:
     device_types: Callable[[], tuple[str, ...]] | tuple[str, ...] | None = None  # None: any
     dtypes: tuple[torch.dtype, ...] | None = None  # of the op's first tensor; None: any
     unavailable: str = ""  # why it cannot run at all on this machine
+    demanded: bool = False  # by the environment: where it is unavailable, impl=None raises
     refuses: Callable[..., str] | None = None  # (tensors and options of the call) -> why not, or ""
 
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str:
@@ -108,8 +109,17 @@ def register_native(
     unavailable = _native.why_not()
     if not unavailable and op not in _native.ops():
         unavailable = f"The native library was built without {op}."
-    limits = {"device_types": ("cpu",), "dtypes": dtypes, "unavailable": unavailable, "refuses": refuses}
-    register(op, "native", forward, backward, **limits)
+    register(
+        op,
+        "native",
+        forward,
+        backward,
+        device_types=("cpu",),
+        dtypes=dtypes,
+        unavailable=unavailable,
+        demanded=_native.demanded(),
+        refuses=refuses,
+    )
 
 
 def implementations(
@@ -132,7 +142,8 @@ def resolve(op: str, impl: str | None, *tensors: Tensor | None, **options) -> st
 
     Raises:
         ValueError: `impl` is not the name of an implementation.
-        RuntimeError: `impl` was asked for and cannot serve these arguments.
+        RuntimeError: `impl` was asked for and cannot serve these arguments; or `impl` is None and the environment
+            names a native library or CPU tier that cannot be had.
     """
     device = tensors[0].device
     dtype = tensors[0].dtype
@@ -141,11 +152,15 @@ def resolve(op: str, impl: str | None, *tensors: Tensor | None, **options) -> st
             dtype = torch.float64
     table = _table[op]
     if impl is None:
+        preferred = table.get(_PREFERRED.get(device.type))
+        if preferred is not None and preferred.demanded and preferred.unavailable and dtype != torch.float64:
+            raise RuntimeError(f"{op}: {preferred.unavailable}")
         name = _choose(op, device, dtype)
         refuses = table[name].refuses
         return "reference" if refuses is not None and refuses(*tensors, **options) else name
     if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"{op}: impl must be None, {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}.")
+        *others, last = map(repr, IMPLEMENTATIONS)
+        raise ValueError(f"{op}: impl must be None, {', '.join(others)} or {last}, got {impl!r}.")
     if impl not in table:
         raise RuntimeError(f"{op}: impl={impl!r} cannot run. {_does_not_exist(op, impl)}")
     reason = table[impl].refusal(device, dtype)

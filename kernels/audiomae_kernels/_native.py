@@ -30,7 +30,12 @@ def available() -> bool:
 @cache
 def why_not() -> str:
     """One sentence that says why the native library cannot be used and what to do; empty if it can."""
-    return _load(LIBRARY, SOURCES)
+    return _load(LIBRARY, SOURCES) or _tier_refused()
+
+
+def demanded() -> bool:
+    """Whether the environment names a library or a tier, so that doing without it would be against its word."""
+    return bool(os.environ.get("AUDIOMAE_NATIVE_LIBRARY") or os.environ.get("AUDIOMAE_CPU_TIER"))
 
 
 @cache
@@ -40,29 +45,48 @@ def ops() -> frozenset[str]:
 
 
 def cpu_tiers() -> list[tuple[str, bool, str]]:
-    """The library's ISA tiers, lowest first: (name, chosen, why or why not); empty without the library.
+    """The library's ISA tiers, lowest first: (name, chosen, why or why not); empty without the library."""
+    return _tiers() if available() else []
 
-    No tier is chosen if ``AUDIOMAE_CPU_TIER`` names one that is unknown or that this machine cannot run. The
-    reason says so, and every op raises it.
-    """
-    if not available():
-        return []
+
+def _tiers() -> list[tuple[str, bool, str]]:
     lines = torch.ops.audiomae_native.cpu_tiers().splitlines()
     return [(name, chosen == "1", reason) for name, chosen, reason in (line.split("\t") for line in lines)]
 
 
+def _tier_refused() -> str:
+    # Where AUDIOMAE_CPU_TIER names what is unknown or cannot run here, no tier is chosen; the portable one, which
+    # runs anywhere, has the reason.
+    tiers = _tiers()
+    return "" if any(chosen for _, chosen, _ in tiers) else tiers[0][2]
+
+
 def _load(library: Path, sources: Path) -> str:
-    if not library.is_file():
-        if os.environ.get("AUDIOMAE_NATIVE_LIBRARY"):
-            return f"AUDIOMAE_NATIVE_LIBRARY={library} is not a file: name a native library, or unset it."
-        return f"The native CPU library is not built: with CMake and a C++17 compiler at hand, {_REBUILD}."
-    if (sources / "registration.cpp").is_file() and _stamp(library) != _digest(sources):
-        return f"The native CPU library was built from other sources than {sources} holds now: {_REBUILD}."
+    named = bool(os.environ.get("AUDIOMAE_NATIVE_LIBRARY"))
+    subject = f"AUDIOMAE_NATIVE_LIBRARY={library}" if named else "The native CPU library"
+    remedy = "name a native library, or unset the variable" if named else _REBUILD
+    try:
+        if not library.is_file():
+            if named:
+                return f"{subject} is not a file: {remedy}."
+            return (
+                f"The native CPU library is not built: with CMake and a C++17 compiler at hand, {_REBUILD}."
+            )
+        stamp = _stamp(library)
+        current = _digest(sources) if (sources / "registration.cpp").is_file() else stamp
+    except OSError as error:
+        return f"{subject} cannot be checked ({error.strerror}: {error.filename}): make it readable, or {remedy}."
+    if not stamp:
+        return f"{subject} is not a library that this package built: {remedy}."
+    if stamp != current:
+        return f"{subject} was built from other sources than {sources} holds now: {_REBUILD}."
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
         reason = str(error.__cause__ or error).rstrip(".")
-        return f"The native CPU library does not load into torch {torch.__version__} ({reason}): {_REBUILD}."
+        return f"{subject} does not load into torch {torch.__version__} ({reason}): {remedy}."
+    if missing := [op for op in ("ops", "cpu_tiers") if not hasattr(torch.ops.audiomae_native, op)]:
+        return f"{subject} lacks audiomae_native::{' and audiomae_native::'.join(missing)}: {remedy}."
     return ""
 
 

@@ -46,14 +46,19 @@ struct EmulatedTiles {
 };
 thread_local EmulatedTiles emulated_tiles;
 
-// Instructions without a configuration, or of mismatched shapes, are faults.
+// What the instructions answer with a fault: no configuration, impossible or mismatched shapes, one tile twice.
 inline void tile_require(bool condition) {
   if (!condition) __builtin_trap();
 }
 
 inline void tile_configure(const TileShapes& shapes) {
   tile_require(shapes.palette == 1 && shapes.start_row == 0);
-  for (int t = 0; t < 8; ++t) tile_require(shapes.rows[t] <= 16 && shapes.row_bytes[t] <= 64);
+  for (const uint8_t byte : shapes.reserved) tile_require(byte == 0);
+  for (int t = 0; t < 16; ++t) {
+    const int rows = shapes.rows[t], row_bytes = shapes.row_bytes[t];
+    tile_require(rows <= 16 && row_bytes <= 64 && row_bytes % 4 == 0 && (rows == 0) == (row_bytes == 0));
+    tile_require(t < 8 || rows == 0);
+  }
   emulated_tiles = {true, shapes, {}};
 }
 
@@ -77,7 +82,7 @@ inline void emulated_store(int tile, void* to, int64_t row_step) {
 }
 
 inline void emulated_zero(int tile) {
-  tile_require(emulated_tiles.configured);
+  tile_require(emulated_tiles.configured && emulated_tiles.shapes.rows[tile] > 0);
   __builtin_memset(emulated_tiles.bytes[tile], 0, sizeof(emulated_tiles.bytes[tile]));
 }
 
@@ -96,7 +101,8 @@ inline float float_of(const uint8_t* bfloat16) {
 inline void emulated_dpbf16ps(int sums, int a, int b) {
   EmulatedTiles& e = emulated_tiles;
   const TileShapes& s = e.shapes;
-  tile_require(e.configured && s.rows[sums] == s.rows[a] && s.rows[b] == s.row_bytes[a] / 4 &&
+  tile_require(e.configured && s.rows[sums] > 0 && sums != a && sums != b && a != b);
+  tile_require(s.rows[sums] == s.rows[a] && s.rows[b] == s.row_bytes[a] / 4 &&
                s.row_bytes[sums] == s.row_bytes[b]);
   for (int m = 0; m < s.rows[a]; ++m) {
     for (int n = 0; n < s.row_bytes[sums] / 4; ++n) {

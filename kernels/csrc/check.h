@@ -39,6 +39,12 @@ inline bool is_float32_or_bfloat16(const torch::stable::Tensor& tensor) {
   return tensor.scalar_type() == torch::headeronly::ScalarType::Float || is_bfloat16(tensor);
 }
 
+// Bytes from one element along a dimension to the next. A dimension of one element has no next one, and may have a
+// stride of any size, which is not to be multiplied.
+inline int64_t byte_step(const torch::stable::Tensor& tensor, int64_t dimension) {
+  return tensor.size(dimension) > 1 ? tensor.stride(dimension) * int64_t(tensor.element_size()) : 0;
+}
+
 // The tensor if the values along its last dimension lie side by side, else a contiguous copy.
 inline torch::stable::Tensor rows_in_one_piece(const torch::stable::Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;

@@ -374,9 +374,8 @@ void check_inputs(const Tensor& pred, const Tensor& target, const std::string& o
 }
 
 Side rows_of(const Tensor& tensor) {
-  const int64_t element = tensor.element_size();
-  return {static_cast<const char*>(tensor.const_data_ptr()), tensor.stride(0) * element,
-          tensor.stride(1) * element, is_bfloat16(tensor)};
+  return {static_cast<const char*>(tensor.const_data_ptr()), byte_step(tensor, 0), byte_step(tensor, 1),
+          is_bfloat16(tensor)};
 }
 
 InfoNce problem(const Tensor& x, const Tensor& y) {

@@ -250,8 +250,8 @@ MaskedMse problem(const Tensor& pred, const Tensor& spectrogram, const Tensor& i
         "masked_mse expects patches of more than one value to normalise: one value has no variance.");
   e.values = values;
   e.pred = static_cast<const char*>(pred.const_data_ptr());
-  e.row_step = pred.stride(0) * pred.element_size();
-  e.token_step = pred.stride(1) * pred.element_size();
+  e.row_step = byte_step(pred, 0);
+  e.token_step = byte_step(pred, 1);
   e.pred_bfloat16 = is_bfloat16(pred);
   e.spectrogram_bfloat16 = is_bfloat16(spectrogram);
   e.normalize = normalize;

@@ -76,6 +76,8 @@ class PatchWalk {
 
 #ifdef AUDIOMAE_ENTRY
 
+#include <algorithm>
+
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
@@ -105,15 +107,16 @@ inline Patches find_patches(const char* op, const char* ids_name, const torch::s
         " of shape (batch * masks, kept) for a batch of ", batch, ", got ", shape(ids), ".");
 
   const int64_t element = spectrogram.element_size();
-  const int64_t time_step = spectrogram.stride(1) * element, mel_step = spectrogram.stride(2) * element;
+  const int64_t time_step = byte_step(spectrogram, 1), mel_step = byte_step(spectrogram, 2);
   Patches p{
       static_cast<const char*>(spectrogram.const_data_ptr()),
       static_cast<const char*>(ids.const_data_ptr()),
-      spectrogram.stride(0) * element, time_step, mel_step,
-      ids.stride(0) * int64_t(sizeof(int64_t)), ids.stride(1) * int64_t(sizeof(int64_t)),
+      byte_step(spectrogram, 0), time_step, mel_step,
+      byte_step(ids, 0), byte_step(ids, 1),
       batch == 0 ? 0 : rows / batch, kept, rows * kept,
       (time - patch_t) / stride_t + 1, (mel - patch_f) / stride_f + 1,
-      stride_t * time_step, stride_f * mel_step,
+      // A stride past the end leads to no second patch.
+      std::min(stride_t, time) * time_step, std::min(stride_f, mel) * mel_step,
       patch_t, patch_f,
       element,
   };

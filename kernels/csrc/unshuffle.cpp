@@ -217,8 +217,8 @@ struct Ids {
 
   explicit Ids(const Tensor& ids)
       : data(static_cast<const char*>(ids.const_data_ptr())),
-        clip_step(ids.stride(0) * int64_t(sizeof(int64_t))),
-        step(ids.stride(1) * int64_t(sizeof(int64_t))) {}
+        clip_step(byte_step(ids, 0)),
+        step(byte_step(ids, 1)) {}
 
   int64_t operator()(int64_t b, int64_t k) const {
     int64_t id;
@@ -251,8 +251,8 @@ Tensor unshuffle(const Tensor& tokens, const Tensor& ids_keep, const Tensor& mas
   const std::vector<int32_t> inverse = invert(u, Ids(ids_keep));
   u.inverse = inverse.data();
   u.tokens = static_cast<const char*>(rows.const_data_ptr());
-  u.tokens_clip_step = rows.stride(0) * rows.element_size();
-  u.tokens_step = rows.stride(1) * rows.element_size();
+  u.tokens_clip_step = byte_step(rows, 0);
+  u.tokens_step = byte_step(rows, 1);
   u.mask_token = static_cast<const float*>(mask_values.const_data_ptr());
   u.pos = static_cast<const float*>(pos_values.const_data_ptr());
   u.out = static_cast<char*>(out.mutable_data_ptr());
@@ -289,8 +289,8 @@ std::tuple<Tensor, Tensor, Tensor> unshuffle_backward(const Tensor& grad, const 
   const std::vector<int32_t> inverse = invert(u, ids);
   u.inverse = inverse.data();
   u.grid = static_cast<const char*>(rows.const_data_ptr());
-  u.grid_clip_step = rows.stride(0) * rows.element_size();
-  u.grid_step = rows.stride(1) * rows.element_size();
+  u.grid_clip_step = byte_step(rows, 0);
+  u.grid_step = byte_step(rows, 1);
   char* out = wants_tokens ? static_cast<char*>(d_tokens.mutable_data_ptr()) : nullptr;
   const bool sums = wants_mask_token || wants_pos;
   if (sums) {

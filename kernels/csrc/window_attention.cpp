@@ -768,15 +768,14 @@ struct Problem {
 
 // The part (0: q, 1: k, 2: v) of a (B, L, 3, H, d) tensor.
 Rows part(const Tensor& qkv, const void* data, int64_t i) {
-  const int64_t e = qkv.element_size();
   char* first = static_cast<char*>(const_cast<void*>(data));
-  return {first + i * qkv.stride(2) * e, qkv.stride(0) * e, qkv.stride(1) * e, qkv.stride(3) * e};
+  return {first + i * byte_step(qkv, 2), byte_step(qkv, 0), byte_step(qkv, 1), byte_step(qkv, 3)};
 }
 
 // The heads of a (B, L, H * d) tensor.
 Rows heads(const Tensor& x, const void* data, int64_t width) {
-  const int64_t e = x.element_size();
-  return {static_cast<char*>(const_cast<void*>(data)), x.stride(0) * e, x.stride(1) * e, width * e};
+  return {static_cast<char*>(const_cast<void*>(data)), byte_step(x, 0), byte_step(x, 1),
+          width * int64_t(x.element_size())};
 }
 
 Problem::Problem(const Tensor& packed, const std::optional<Tensor>& tau, const std::optional<Tensor>& bias,
@@ -864,13 +863,15 @@ void Problem::set_scale(const std::optional<Tensor>& tensor) {
 // (H, queries, keys) to tiles of 16 queries, transposed and padded.
 void Problem::set_bias(const Tensor& tensor) {
   const Tensor values = float32_in_one_piece(tensor);
-  const float* row = static_cast<const float*>(values.const_data_ptr());
+  const char* value = static_cast<const char*>(values.const_data_ptr());  // not necessarily aligned to a float
   w.bias_step = w.padded_tokens * w.padded_tokens;
   bias.assign(w.heads * w.bias_step, 0.0f);
   for (int64_t h = 0; h < w.heads; ++h) {
-    for (int64_t i = 0; i < w.tokens; ++i, row += w.tokens) {
+    for (int64_t i = 0; i < w.tokens; ++i) {
       float* column = bias.data() + h * w.bias_step + i / kTile * kTile * w.padded_tokens + i % kTile;
-      for (int64_t j = 0; j < w.tokens; ++j) column[j * kTile] = row[j];
+      for (int64_t j = 0; j < w.tokens; ++j, value += sizeof(float)) {
+        std::memcpy(column + j * kTile, value, sizeof(float));
+      }
     }
   }
 }

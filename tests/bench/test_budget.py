@@ -51,11 +51,11 @@ def test_few_values_are_judged_by_their_rms_over_draws():
 def test_a_sum_in_another_order_passes_and_a_wrong_one_does_not():
     """One after the other in float32, where the reference sums pairwise."""
     terms = torch.randn(1 << 16, 64)
-    truth = {"gradient of tau": terms.double().sum(0)}
+    truth = {"grad of tau": terms.double().sum(0)}
     for function, good in ((lambda x: x.cumsum(0)[-1], True), (lambda x: x[:-1].sum(0), False)):
         mine, eager = Errors(terms.numel()), Errors(terms.numel())
-        eager.add({"gradient of tau": terms.sum(0)}, truth)
-        mine.add({"gradient of tau": function(terms)}, truth)
+        eager.add({"grad of tau": terms.sum(0)}, truth)
+        mine.add({"grad of tau": function(terms)}, truth)
         assert (not mine.over_budget(eager)) == good
 
 
@@ -67,13 +67,11 @@ def test_a_wrong_shape_is_named():
 def test_evaluate_names_gradients():
     tensors = {"x": torch.randn(3), "y": torch.randn(3), "ids": torch.tensor([0, 1, 2]), "none": None}
     found = evaluate(lambda x, y, ids, none: (x * y)[ids], tensors, wrt=("x", "y"), cotangent=torch.ones(3))
-    assert torch.equal(found["gradient of x"], tensors["y"]) and torch.equal(
-        found["gradient of y"], tensors["x"]
-    )
+    assert torch.equal(found["grad of x"], tensors["y"]) and torch.equal(found["grad of y"], tensors["x"])
     assert set(evaluate(lambda **t: t["x"] * t["y"], tensors)) == {"output"}
     assert set(evaluate(lambda **t: t["x"].sum(), tensors, wrt=("x", "y"), gradients=["x"])) == {
         "output",
-        "gradient of x",
+        "grad of x",
     }
     exact = in_float64(tensors)
     assert exact["x"].dtype == torch.float64 and exact["ids"].dtype == torch.int64 and exact["none"] is None

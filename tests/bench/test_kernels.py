@@ -1,9 +1,11 @@
 """The kernels level: its registry, its providers, and small runs end to end."""
 
+import logging
 import os
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import audiomae_kernels as ak
@@ -288,7 +290,7 @@ def faulty(fault):
     ("fault", "message"),
     [
         ("output", "wrong output: error"),
-        ("gradient", "wrong gradient of tokens: error"),
+        ("gradient", "wrong grad of tokens: error"),
         ("nan", "wrong output: error nan"),
         ("shape", "shape"),
         ("crash", "AssertionError: kernel not found"),
@@ -346,10 +348,11 @@ def test_a_run_that_is_interrupted_leaves_its_report(small, tmp_path, monkeypatc
     monkeypatch.setattr(run, "measure_case", interrupted)
     arguments = ["--device", "cpu", "--rounds", "2", "--batch-size", "2", "--providers", "eager"]
     assert main(["kernels", *arguments, "--dtypes", "fp32", "--out", str(tmp_path)]) == 130
-    assert "interrupted; what was measured is in" in capsys.readouterr().err
+    assert f"interrupted; what was measured is in {tmp_path}, with its report." in capsys.readouterr().err
     text = (tmp_path / "report.md").read_text()
     planned = len(cases.cases(cases.OPS, ("fp32",), (2,), quick=True))
     assert f"**The run ended early: 2 of {planned} cases were begun.**" in text
+    assert "**The run was interrupted: this is what it measured until then.**" in text
     assert text.count("## window_attention: ") == 2
     assert (tmp_path / "kernels.png").exists()
 
@@ -497,7 +500,10 @@ def test_a_record_of_models_is_refused(tmp_path):
     [
         (["--ops", "conv"], "--ops: there is no 'conv' here; choose from window_attention, "),
         (["--providers", "cudnn"], "there is no 'cudnn' here; choose from eager, "),
-        (["--dtypes", "fp8"], "choose from fp32, bf16, fp16"),
+        (
+            ["--dtypes", "fp8"],
+            "--dtypes: there is no 'fp8' here; choose from fp32 or float32, bf16 or bfloat16, fp16",
+        ),
         (["--batch-size", "8", "0"], "expected a positive whole number, got '0'"),
     ],
 )
@@ -507,6 +513,74 @@ def test_bad_arguments_show_the_usage_of_their_own_level(arguments, message, cap
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error
     assert error.startswith("usage: python -m bench kernels")
+
+
+@pytest.mark.parametrize("level", ["kernels", "models"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(level, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    for out, reason in ((file, "File exists"), (file / "below", "Not a directory")):
+        with pytest.raises(SystemExit) as stop:
+            main([level, "--device", "cpu", "--out", str(out)])
+        said = capsys.readouterr()
+        assert stop.value.code == 2 and not said.out
+        sentence = f"--out must be a folder that can be written to, which {out} is not: {reason}."
+        assert said.err.endswith(f"python -m bench {level}: error: {sentence}\n")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "why"),
+    [
+        (["--providers", "sdpa", "--ops", "patch_gather"], "sdpa: It serves window_attention only."),
+        (["--providers", "triton"], "triton: Triton's kernels run on a GPU"),
+        (["--providers", "flash-attn", "sdpa", "--ops", "info_nce"], "flash-attn: It serves window_attention only."),
+        (["--providers", "flash-attn", "--ops", "window_attention"], "flash-attn: flash-attn takes no bias."),
+    ],
+)  # fmt: skip
+def test_providers_that_can_run_nothing_are_refused(small, tmp_path, monkeypatch, capsys, chosen, why):
+    monkeypatch.setattr(run, "measure_ceilings", lambda *_: pytest.fail("it measured"))
+    with pytest.raises(SystemExit) as stop:
+        main(["kernels", "--device", "cpu", "--out", str(tmp_path), *chosen])
+    assert stop.value.code == 2
+    assert (
+        f"None of the chosen providers can run any of the chosen cases here. {why}" in capsys.readouterr().err
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_op_that_no_chosen_provider_serves_is_left_out(small, tmp_path):
+    groups = bench(tmp_path, "--providers", "sdpa", "--dtypes", "float32")
+    assert {(group.op, group.dtype) for group in groups} == {("window_attention", "fp32")}
+
+
+def test_either_spelling_of_a_dtype(small, tmp_path, capsys):
+    arguments = ["--ops", "unshuffle", "--providers", "eager", "--dtypes", "bfloat16", "bf16", "float16"]
+    assert [group.dtype for group in bench(tmp_path, *arguments)] == ["bf16", "fp16"]
+    assert capsys.readouterr().out.count("fp16 is slow on most CPUs") == 1
+
+
+@pytest.mark.no_poison
+def test_compiling_is_announced_and_the_compiler_is_quiet(small, tmp_path, monkeypatch, capfd):
+    def compiled(function, **_):
+        logging.getLogger("torch.utils.cpp_extension").warning("No CUDA runtime is found")
+        warnings.warn("deprecated", FutureWarning, stacklevel=1)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    bench(tmp_path, "--ops", "unshuffle", "--dtypes", "fp32", "--providers", "eager", "compiled")
+    said = capfd.readouterr()
+    assert said.out.count("compiling compiled ...") == 1 and not said.err
+
+
+def test_help_tells_the_defaults(capsys):
+    for level, told in (
+        ("models", ("bench/results/latest", "clips per step; default: 8, on a CPU", "up to 5 as", "default: 1024")),
+        ("kernels", ("bench/results/latest/kernels", "clips; default: 8, with --full 1, 8, 32", "up to 40, for 4 s")),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            main([level, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert all(words in text for words in told), text
 
 
 def test_help_lists_the_names(capsys):

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from bench import device, memory, models, registry, report, results
 from bench.__main__ import main
@@ -104,6 +105,38 @@ def test_a_process_that_dies_costs_one_row(tiny, tmp_path, monkeypatch):
     assert [row.error for row in rows] == [None, "killed, out of memory"] * 2
 
 
+def test_a_run_that_is_interrupted_leaves_its_report(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(models, "peak_bytes", lambda *_: 1)
+    measure, runs = models.timing.measure_cpu, []
+
+    def interrupted(function):
+        runs.append(function)
+        if len(runs) == 4:
+            raise KeyboardInterrupt
+        return measure(function)
+
+    monkeypatch.setattr(models.timing, "measure_cpu", interrupted)
+    arguments = [*ARGUMENTS, "--out", str(tmp_path), "--dtypes", "fp32", "--models", "mae_ast_patch_base"]
+    assert main(arguments) == 130
+    assert f"interrupted; what was measured is in {tmp_path}, with its report." in capsys.readouterr().err
+    rows = report.collect(results.read(tmp_path / "measurements.csv"))
+    assert [len(row.seconds) for row in rows] == [1, 2] and all(row.metrics["floor"] for row in rows)
+    assert (
+        "**The run was interrupted: this is what it measured until then.**"
+        in (tmp_path / "report.md").read_text()
+    )
+
+
+def test_a_run_that_is_interrupted_before_its_first_row_says_so(tiny, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "peak_bytes", interrupted)
+    assert main([*ARGUMENTS, "--out", str(tmp_path)]) == 130
+    text = (tmp_path / "report.md").read_text()
+    assert "The run was interrupted" in text and "No row was measured." in text
+
+
 def test_saved_bytes_counts_storages_once_and_no_parameters():
     weight = torch.nn.Parameter(torch.ones(8, 8))
     x = torch.ones(4, 8)
@@ -114,6 +147,20 @@ def test_saved_bytes_counts_storages_once_and_no_parameters():
 
     saved, _ = memory.saved_bytes(forward, [weight])
     assert saved == 3 * 4 * 8 * 4
+
+
+def test_saved_bytes_counts_what_a_checkpoint_holds():
+    weight = torch.nn.Parameter(torch.ones(8, 8))
+    x = torch.ones(4, 8)
+
+    def forward():
+        y = x @ weight.T  # saves x
+        return checkpoint(
+            lambda y: y.exp().sin().sum(), y, use_reentrant=False
+        )  # y alone: two are recomputed
+
+    saved, _ = memory.saved_bytes(forward, [weight])
+    assert saved == 2 * 4 * 8 * 4
 
 
 def test_peak_contains_weights_gradients_and_moments():
@@ -127,7 +174,10 @@ def test_peak_contains_weights_gradients_and_moments():
     ("arguments", "message"),
     [
         (["models", "--models", "resnet"], "there is no 'resnet' here"),
-        (["models", "--dtypes", "fp8"], "choose from fp32, bf16"),
+        (
+            ["models", "--dtypes", "fp8"],
+            "--dtypes: there is no 'fp8' here; choose from fp32 or float32, bf16 or",
+        ),
         (["models", "--rounds", "0"], "expected a positive whole number"),
         (["models", "--frames", "100"], "multiple of 64"),
         (["models", "--quick", "--full"], "not allowed with"),

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from bench import device as devices
 
 NO_GPU = (
-    "There is no CUDA or ROCm GPU on this machine: nothing was measured. "
-    "`make gpu ARGS=--rehearse` goes through the steps on the CPU; `make test` and `make bench` need no GPU."
+    "No CUDA or ROCm GPU was found: the environment is installed, but nothing was measured and nothing rehearsed; "
+    "`make gpu ARGS=--rehearse` goes through the steps on the CPU."
 )
 PACKAGES = ("torch", "triton", "numpy", "torchaudio", "xformers", "flash-attn")
 

@@ -67,7 +67,7 @@ def preparation(rehearse: bool) -> list[Step]:
     stamps = [".venv/stamps/dev", ".venv/stamps/native"]  # [dev] has all of [bench]
     environment = [PYTHON, str(HERE / "environment.py"), str(FOLDER / "environment.json")]
     return [
-        Step("install", ["make", "--no-print-directory", *stamps]),
+        Step("install", ["make", "--silent", *stamps]),
         Step("environment", environment + ["--rehearse"] * rehearse, 5 * MINUTE),
     ]
 
@@ -195,6 +195,15 @@ def table(results: list[Result]) -> str:
     )
 
 
+def why_nothing(results: list[Result], folder: Path) -> str:
+    """A sentence for a run that ended before its environment was known."""
+    first = next((result for result in results if result.outcome != "ok"), results[-1])
+    if first.name == "environment" and first.outcome == "failed":
+        return first.note.removeprefix("exit code 1; ")
+    log = f"{folder.name}/{slug(first.name)}.log"
+    return f"Nothing was measured, because of the step {first.name!r}: {first.outcome} (see {log})."
+
+
 def pack(folder: Path, results: list[Result], environment: dict, target: Path) -> Path:
     """`folder` with a summary of the results as gpu-results-<device>-<commit>.tar.gz in `target`."""
     (folder / "summary.txt").write_text(table(results) + "\n")
@@ -223,9 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     results = run(preparation(args.rehearse), folder)
     written = folder / "environment.json"
     if not written.exists():
-        print(f"\n{table(results)}\n")
-        if results[-1].outcome == "failed":
-            print(results[-1].note.removeprefix("exit code 1; "))
+        print(f"\n{why_nothing(results, folder)}")
         return 1
     environment = json.loads(written.read_text())
     if results[-1].outcome != "interrupted":

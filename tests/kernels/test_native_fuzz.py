@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import audiomae_kernels as ak
+import native_fuzz
 import pytest
+import torch
 from audiomae_kernels import _native
 from native_fuzz import FUZZ
 
@@ -31,3 +34,27 @@ def test_fuzz(tier, first, last):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [tier, str(len(FUZZ) * (last - first))]
+
+
+@pytest.mark.parametrize("factor", [1, 1 + 2**-5])
+def test_a_window_attention_that_is_slightly_wrong_shows(monkeypatch, factor):
+    """In bfloat16 too: results four units too large at the most, where the budget is one and the rounding of eager's
+    result twice."""
+    right = ak.window_attention
+
+    def scaled(qkv, *parameters, impl, **options):
+        return (factor * right(qkv, *parameters, impl=impl, **options).float()).to(qkv.dtype)
+
+    monkeypatch.setattr(ak, "window_attention", scaled)
+    monkeypatch.setattr(native_fuzz, "DTYPES", (torch.bfloat16, torch.bfloat16))
+    wrong = []
+    try:
+        for seed in range(16):
+            try:
+                native_fuzz.fuzz(seed, seed + 1, ["window_attention"])
+            except AssertionError as error:
+                wrong.append(str(error))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(1)
+    assert len(wrong) == 0 if factor == 1 else len(wrong) > 12, wrong

@@ -181,6 +181,24 @@ def test_zero_vectors_and_clamps(d):
         assert (error <= 2 * eager_error + 1e-4 * (1 + size)).all(), name
 
 
+@pytest.mark.parametrize("d", [32, 24])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_misaligned_memory(dtype, d):
+    """Tensors over the memory of others: the same bits, and nothing for the sanitized library to notice."""
+    case = window_attention_case("usual", (8, 4), (4, 4), (2, 0), d=d)
+    tensors = case.tensors(dtype)
+
+    def misaligned(x):
+        raw = bytearray(b"\0" + x.view(torch.uint8).numpy().tobytes())
+        return torch.frombuffer(raw, dtype=x.dtype, offset=1).view(x.shape)
+
+    expected = evaluate(case.call("native"), tensors, case.wrt())
+    moved = {name: misaligned(x) for name, x in tensors.items()}
+    assert all(x.data_ptr() % x.element_size() for x in moved.values())
+    for name, value in evaluate(case.call("native"), moved, case.wrt()).items():
+        assert torch.equal(value, expected[name]), name
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_nobody_wants(dtype):
     case = window_attention_case("usual", (8, 4), (4, 4), (2, 0), d=32)

@@ -864,7 +864,7 @@ def test_unknown_names():
         ({"mask_ratio": (0.5, 0.5)}, "takes one ratio, got"),
         ({"masking": "time_frequency", "mask_ratio": (0.1, 0.2, 0.3)}, "one ratio or a pair"),
         ({"masking": "randm"}, "unknown masking strategy 'randm'"),
-        ({"decoder": "local"}, "decoder must be one of 'window', 'hybrid', 'global', 'none', got 'local'"),
+        ({"decoder": "local"}, "decoder must be one of 'window', 'hybrid', 'global', 'cross', 'none', got"),
         ({"positions": "rope"}, "positions must be one of"),
         ({"norm": "mid"}, "norm must be one of 'pre', 'post'"),
         ({"input_norm": "layer"}, "input_norm must be one of"),

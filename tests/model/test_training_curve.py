@@ -38,7 +38,9 @@ def test_native_serves_every_op_of_the_step_by_default(name, autocast):
 @pytest.mark.parametrize("autocast", DTYPES)
 @pytest.mark.parametrize("name", STEP_OPS)
 def test_the_loss_curve_is_the_references(name, autocast):
-    assert_curves_within_budget(partial(tiny, name), None, 3e-3, autocast)
+    """Of equally good kernels a sixth of the draws is over twice the other's error, measured; the median of nine is
+    with a chance of 1 %."""
+    assert_curves_within_budget(partial(tiny, name), None, 3e-3, autocast, draws=9)
 
 
 @pytest.mark.slow
@@ -46,7 +48,7 @@ def test_the_loss_curve_is_the_references(name, autocast):
 @pytest.mark.parametrize("autocast", DTYPES)
 def test_the_loss_curve_of_all_of_audiomae_base_is_the_references(autocast):
     """Clips of 2.6 s instead of 10 s, for the sake of the run in float64."""
-    assert_curves_within_budget(partial(still, "audiomae_base", frames=256), None, 3e-4, autocast, draws=1)
+    assert_curves_within_budget(partial(still, "audiomae_base", frames=256), None, 3e-4, autocast)
 
 
 def unshifted(qkv, tau, bias, *, shift, **options):
@@ -80,4 +82,4 @@ def test_a_kernel_that_is_slightly_wrong_shows(monkeypatch, forward, backward):
     monkeypatch.setitem(_library._table, "window_attention", dict(_library._table["window_attention"]))
     _library.register("window_attention", "native", forward, backward, device_types=("cpu",))
     with pytest.raises(AssertionError, match=r"gradient norm: error .* budget"):
-        assert_curves_within_budget(partial(tiny, "audiomae_base"), "native", 3e-3, draws=1)
+        assert_curves_within_budget(partial(tiny, "audiomae_base"), "native", 3e-3)

@@ -164,7 +164,7 @@ def test_the_table_is_printed_where_the_interpreter_fails(monkeypatch, capsys):
     from audiomae_kernels.inspect import survey, traffic
 
     row = CLEAN | {"launch": "patch_gather", "registers": 40, "shared": 0, "occupancy": 0.5, "warps": 4}
-    monkeypatch.setattr(survey, "compile_all", lambda *_: [row])
+    monkeypatch.setattr(survey, "compile_all", lambda module, wanted, processes: [[row] for _ in wanted])
 
     def measure(*_):
         raise RuntimeError("The interpreter failed.")
@@ -174,6 +174,104 @@ def test_the_table_is_printed_where_the_interpreter_fails(monkeypatch, capsys):
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-1].startswith("| patch_gather | k | sm_90 | bfloat16 |")
     assert "No bytes were counted, and no times are predicted. The interpreter failed." in printed.err
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """(launch, target, dtype, aligned) of what was to be compiled, and dtypes of what was to be counted."""
+    from audiomae_kernels.inspect import survey, traffic
+
+    seen = {"compiled": [], "counted": []}
+
+    def compile_all(module, wanted, processes):
+        seen["compiled"] += wanted
+        return [[] for _ in wanted]
+
+    def measure(dtypes, launches, quick, progress):
+        seen["counted"] += dtypes
+        progress("window_attention", dtypes[0])
+        return {}
+
+    monkeypatch.setattr(survey, "compile_all", compile_all)
+    monkeypatch.setattr(traffic, "measure", measure)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["bf16", "fp32"], ["bfloat16", "float32"], ["bf16,float32"], ["bf16,fp32", "bfloat16"]],
+    ids=" ".join,
+)
+def test_dtypes_have_two_names_and_two_separators(asked, given):
+    from audiomae_kernels.inspect import __main__ as command
+
+    command.main(["--targets", "sm_90", "gfx942", "--dtypes", *given])
+    chosen = {(target, dtype) for _, target, dtype, _ in asked["compiled"]}
+    assert chosen == {(target, dtype) for target in ("sm_90", "gfx942") for dtype in ("bfloat16", "float32")}
+    assert sorted(asked["counted"]) == ["bfloat16", "float32"]
+
+
+def test_inspection_knows_the_dtypes_of_the_benchmark(asked):
+    from audiomae_kernels.inspect import __main__ as command
+
+    from bench.registry import DTYPES
+
+    command.main(["--targets", "sm_90", "--dtypes", *DTYPES])
+    assert {dtype for *_, dtype, _ in asked["compiled"]} == {str(dtype)[6:] for dtype in DTYPES.values()}
+
+
+def test_progress_counts_to_the_end(asked, capsys):
+    from audiomae_kernels.inspect import __main__ as command
+
+    command.main(["--quick"])
+    said = [line for line in capsys.readouterr().err.splitlines() if "compiled: " in line]
+    total = len(asked["compiled"])
+    assert len(said) == total
+    assert said[0] == f"1 of {total} compiled: window_attention / sm_80 / bfloat16 / aligned"
+    assert said[-1].startswith(f"{total} of {total} compiled: ")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--clips 0", "--clips: it has to be a positive integer, not '0'"),
+        ("--clips -1", "--clips: it has to be a positive integer, not '-1'"),
+        ("--clips many", "--clips: it has to be a positive integer, not 'many'"),
+        ("--processes 0", "--processes: it has to be a positive integer, not '0'"),
+        ("--targets sm_90,sm_70", "--targets: there is no 'sm_70'; choose from sm_80, sm_86, "),
+        ("--targets=", "--targets: there is no ''; choose from sm_80, "),
+        ("--dtypes fp64", "--dtypes: there is no 'fp64'; choose from bf16, fp16, fp32, bfloat16, "),
+        (
+            "--quick --targets sm_86",
+            "--quick has none of these --targets in these --dtypes; it has sm_80 in ",
+        ),
+        ("--launches no_such_module", "--launches: No module named 'no_such_module'"),
+        ("--json no/such/report.json", "--json: there is no folder no/such to write report.json to"),
+        ("--baseline no/such.json", "--baseline: no/such.json cannot be read"),
+    ],
+)
+def test_refused_before_anything_is_compiled(asked, capsys, arguments, message):
+    from audiomae_kernels.inspect import __main__ as command
+
+    with pytest.raises(SystemExit) as exit:
+        command.main(arguments.split())
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+    assert asked == {"compiled": [], "counted": []}
+
+
+def test_every_option_is_explained(capsys):
+    from audiomae_kernels.inspect import __main__ as command
+    from audiomae_kernels.inspect.targets import TARGETS
+
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    text = capsys.readouterr().out
+    assert "Compiles the Triton kernels" in text and "see the package" not in text
+    for name in (*TARGETS, *command.DTYPES):
+        assert name in text
+    for option in text.partition("options:")[2].split("\n  -")[1:]:
+        assert len(option.split()) > 5, option
 
 
 def test_tables_label_predictions():

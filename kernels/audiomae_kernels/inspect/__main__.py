@@ -1,4 +1,4 @@
-"""``python -m audiomae_kernels.inspect``: see the package."""
+"""``python -m audiomae_kernels.inspect``: its options, its progress and its two tables."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from pathlib import Path
 
 from audiomae_kernels import _triton
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # short names: those of the benchmark
 DEFAULT_LAUNCHES = "audiomae_kernels.inspect.launches"
+DESCRIPTION = """\
+Compiles the Triton kernels for GPUs that need not be there and prints two tables: what the binaries hold
+(registers, spills, access widths, matrix instructions), and the bytes that programs move, with the times
+predicted from them. Progress goes to stderr, and a sentence for each rule that is broken; it then exits with 1."""
 # What `make test` can afford: each kind of matrix instruction, each dtype, and pointers of both kinds.
 QUICK = (
     ("sm_80", "bfloat16", True),
@@ -74,16 +78,38 @@ def traffic_table(report: dict[str, dict], launches, clips: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m audiomae_kernels.inspect", description=__doc__)
-    parser.add_argument("--targets", help="comma-separated, such as sm_90,gfx942; default: all")
-    parser.add_argument("--dtypes", help="comma-separated, such as bfloat16; default: all three")
-    parser.add_argument("--quick", action="store_true", help="a selection of targets, dtypes and alignments")
-    parser.add_argument("--clips", type=int, default=64, help="size at which times are predicted")
-    parser.add_argument("--launches", default=DEFAULT_LAUNCHES, help="module with LAUNCHES to inspect")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write rows, traffic and findings here, print no table")
-    parser.add_argument("--baseline", type=Path, help="reviewed binaries to compare with")
-    parser.add_argument("--write-baseline", type=Path, help="write it, after a review of the table")
+    parser = argparse.ArgumentParser(
+        "python -m audiomae_kernels.inspect",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    option = parser.add_argument
+    of_targets = "of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx942; default: all"
+    option("--targets", nargs="+", metavar="TARGET", help=of_targets)
+    of_dtypes = "of bf16, fp16, fp32, or their long names, such as bfloat16; default: all"
+    option("--dtypes", nargs="+", metavar="DTYPE", help=of_dtypes)
+    option("--quick", action="store_true", help="the main launches, for five combinations of these")
+    option(
+        "--clips",
+        type=_positive,
+        metavar="N",
+        default=64,
+        help="batch whose times are predicted; default: 64",
+    )
+    option(
+        "--launches",
+        metavar="MODULE",
+        default=DEFAULT_LAUNCHES,
+        help="whose LAUNCHES to inspect; default: ours",
+    )
+    option("--processes", type=_positive, metavar="N", default=2, help="that compile at a time; default: 2")
+    option(
+        "--json", type=Path, metavar="FILE", help="for rows, traffic and findings; no table is printed then"
+    )
+    option("--baseline", type=Path, metavar="FILE", help="with reviewed binaries: differences are findings")
+    option(
+        "--write-baseline", type=Path, metavar="FILE", help="for these binaries, after a review of the table"
+    )
     args = parser.parse_args(argv)
     if not _triton.available():
         parser.error(_triton.why_not())
@@ -91,25 +117,50 @@ def main(argv: list[str] | None = None) -> int:
     from audiomae_kernels.inspect import lint, survey, traffic
     from audiomae_kernels.inspect.targets import TARGETS
 
-    targets = args.targets.split(",") if args.targets else list(TARGETS)
-    dtypes = args.dtypes.split(",") if args.dtypes else list(DTYPES)
-    if unknown := [name for name in targets if name not in TARGETS] + [d for d in dtypes if d not in DTYPES]:
-        parser.error(
-            f"{', '.join(unknown)}: the targets are {', '.join(TARGETS)}, the dtypes {', '.join(DTYPES)}."
-        )
+    targets = _chosen(parser, "--targets", args.targets, {name: name for name in TARGETS})
+    dtypes = _chosen(parser, "--dtypes", args.dtypes, DTYPES)
     jobs = [
         job
-        for job in (QUICK if args.quick else itertools.product(TARGETS, DTYPES, (True, False)))
+        for job in (QUICK if args.quick else itertools.product(TARGETS, DTYPES.values(), (True, False)))
         if job[0] in targets and job[1] in dtypes
     ]
-    launches = lint.load_launches(args.launches, args.quick)
+    if not jobs:
+        parser.error(
+            "--quick has none of these --targets in these --dtypes; it has "
+            f"{', '.join(f'{target} in {dtype}' for target, dtype, _ in QUICK)}."
+        )
+    try:
+        launches = lint.load_launches(args.launches, args.quick)
+    except ImportError as error:
+        parser.error(f"--launches: {error}.")
+    for option_name, path in (("--json", args.json), ("--write-baseline", args.write_baseline)):
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"{option_name}: there is no folder {path.parent} to write {path.name} to.")
+    try:
+        baseline = json.loads(args.baseline.read_text()) if args.baseline else None
+    except (OSError, ValueError) as error:
+        parser.error(f"--baseline: {args.baseline} cannot be read ({error}); --write-baseline makes one.")
     by_name = {launch.name: launch for launch in launches}
-    rows = survey.compile_all(args.launches, args.quick, jobs, args.processes)
+
+    wanted = [(launch.name, *job) for job in jobs for launch in launches]
+    rows, compiled = [], survey.compile_all(args.launches, wanted, args.processes)
+    for i, ((launch, target, dtype, aligned), found) in enumerate(zip(wanted, compiled, strict=True), 1):
+        rows += found
+        pointers = "aligned" if aligned else "unaligned"
+        _say(f"{i} of {len(wanted)} compiled: {launch} / {target} / {dtype} / {pointers}")
     found = [sentence for row in rows for sentence in lint.violations(row, by_name[row["launch"]])]
     found += lint.missing(rows, launches, jobs)
+
     counted = ["bfloat16"] if args.quick else dtypes
+    done = itertools.count(1)
+    total = len(launches) * len(counted)
     try:
-        report = traffic.measure(counted, args.launches, args.quick)
+        report = traffic.measure(
+            counted,
+            args.launches,
+            args.quick,
+            lambda launch, dtype: _say(f"bytes of {next(done)} of {total} counted: {launch} / {dtype}"),
+        )
     except RuntimeError as error:
         report = {}
         found.append(f"No bytes were counted, and no times are predicted. {error}")
@@ -117,8 +168,8 @@ def main(argv: list[str] | None = None) -> int:
         found += lint.traffic_violations(report, launches, counted)
     if args.write_baseline:
         lint.write_baseline(rows, args.write_baseline)
-    if args.baseline:
-        found += lint.compare(rows, json.loads(args.baseline.read_text()))
+    if baseline is not None:
+        found += lint.compare(rows, baseline)
     if args.json:
         args.json.write_text(json.dumps({"rows": rows, "traffic": report, "findings": found}, indent=1))
     else:
@@ -126,8 +177,31 @@ def main(argv: list[str] | None = None) -> int:
         if report:
             print("", traffic_table(report, launches, args.clips), sep="\n")
     for sentence in found:
-        print(sentence, file=sys.stderr)
+        _say(sentence)
     return 1 if found else 0
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it has to be a positive integer, not {text!r}.")
+    return int(text)
+
+
+def _chosen(parser, option: str, given: list[str] | None, known: dict[str, str]) -> list[str]:
+    """Full names of what was given, by spaces or commas; all without. `known`: short name -> full name."""
+    if given is None:
+        return list(known.values())
+    names = known | {name: name for name in known.values()}
+    words = [word for text in given for word in text.split(",")]
+    if unknown := [word for word in words if word not in names]:
+        parser.error(
+            f"{option}: there is no {', '.join(map(repr, unknown))}; choose from {', '.join(names)}."
+        )
+    return list(dict.fromkeys(names[word] for word in words))
 
 
 if __name__ == "__main__":

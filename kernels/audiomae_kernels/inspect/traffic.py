@@ -1,8 +1,13 @@
 """Bytes that the programs of a kernel move, counted by running it in Triton's interpreter.
 
-A program's traffic with an operand is the 32-byte sectors that it touches, each once: what it reads again
-comes from its own cache lines. ``python -m audiomae_kernels.inspect.traffic`` prints it as JSON and needs
-``TRITON_INTERPRET=1``; `measure` runs that in a process of its own.
+A program's traffic with an operand is the 32-byte sectors that it touches, each once, however often it reads
+them: no cache is modelled. Programs do read some again. In window_attention's backward the second loop over the
+C > 1 chunks of a long head asks for q, k and do once more, so that up to 10 bytes are asked for where 7 are
+counted; info_nce goes through x and y in pieces, x once for each block of y. How much of that L1 or L2 still
+holds, a GPU has to tell.
+
+``python -m audiomae_kernels.inspect.traffic`` prints the count, a line of JSON for each launch and dtype, and
+needs ``TRITON_INTERPRET=1``; `measure` runs it in a process of its own.
 """
 
 from __future__ import annotations
@@ -12,8 +17,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,22 +28,43 @@ SECTOR = 32  # bytes
 CLIPS = 1
 
 
-def measure(dtypes: Sequence[str], launches: str, quick: bool = False) -> dict[str, dict]:
+def measure(
+    dtypes: Sequence[str],
+    launches: str,
+    quick: bool = False,
+    progress: Callable[[str, str], None] = lambda launch, dtype: None,
+) -> dict[str, dict]:
     """``"launch | kernel | dtype"`` -> {"programs": ..., "operands": {name: bytes of a clip}}.
+
+    `progress` is called after each launch and dtype.
 
     Raises:
         RuntimeError: the interpreter fails, as Triton 3.6's does at many loops with NumPy 2.4.
     """
     command = [sys.executable, "-m", "audiomae_kernels.inspect.traffic", launches, str(int(quick)), *dtypes]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        reason = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
-        raise RuntimeError(
-            f"Triton's interpreter failed ({reason}); `TRITON_INTERPRET=1 python {' '.join(command[1:])}` "
-            "shows where."
-        )
-    return json.loads(done.stdout)
+    report = {}
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            command,
+            env=os.environ | {"TRITON_INTERPRET": "1"},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
+        for line in process.stdout:
+            launch, dtype, counted = json.loads(line)
+            report |= counted
+            progress(launch, dtype)
+        if process.wait():
+            errors.seek(0)
+            reason = errors.read().strip().rpartition("\n")[2] or f"exit status {process.returncode}"
+            raise RuntimeError(
+                f"Triton's interpreter failed ({reason}); `TRITON_INTERPRET=1 python {' '.join(command[1:])}` "
+                "shows where."
+            )
+    return report
 
 
 class Counter:
@@ -119,18 +146,19 @@ def main(launches: str, quick: str, *dtypes: str) -> None:
     from audiomae_kernels.inspect.lint import load_launches
 
     np.seterr(all="ignore")  # all inputs are zeros, norms and variances too
-    counter, report = Counter(), {}
+    counter = Counter()
     for launch in load_launches(launches, quick == "1"):
         for dtype in dtypes:
             counter.kernels = {}
             run(launch, getattr(torch, dtype), True, CLIPS)
+            counted = {}
             for kernel, entry in counter.kernels.items():
                 clips = CLIPS * entry["launches"]
-                report[f"{launch.name} | {kernel} | {dtype}"] = {
+                counted[f"{launch.name} | {kernel} | {dtype}"] = {
                     "programs": entry["programs"] / clips,
                     "operands": {name: n * SECTOR / clips for name, n in entry["sectors"].items()},
                 }
-    json.dump(report, sys.stdout)
+            print(json.dumps([launch.name, dtype, counted]), flush=True)
 
 
 if __name__ == "__main__":

@@ -384,7 +384,7 @@ def window_attention_bwd_kernel(
             p_out = dqkv_ptr + (i_clip * T * F + o_token) * (3 * H * D)
             for i_chunk in tl.range(0, C, num_stages=1):
                 o_head, o_channel, m_col = channels(i_chunk, i_head, H, D, HG, DC)
-                if C > 1:  # again, now from the cache
+                if C > 1:  # again, a tile that it has just read
                     p_q = p_in + (o_head * stride_h + o_channel * stride_d)
                     b_q = load_units(p_q, m_row & m_col, W, HG)
                     b_k = load_units(p_q + stride_s, m_row & m_col, W, HG)
@@ -434,21 +434,30 @@ def config(windows: int, N: int, H: int, D: int, dtype: torch.dtype, backward: b
         DC = 16
     elif NP > 16 or DC > 64 or backward:
         DC = min(DC, 32)
-    if backward and not targets_hip():
+    if not targets_hip():
         idle = D > DC and D % DC and NP == 16
-        if dtype == torch.float16 or idle:  # float16 is widened for some products
+        if idle or (backward and dtype == torch.float16):  # float16 is widened for some products
             DC = 16
     C = triton.cdiv(D, DC)
     if NP > 16:  # one window and head; a wave of AMD's is two warps
         num_warps = NP // 16 if targets_hip() or (NP == 32 and dtype != torch.float32) else NP // 8
         return Config(NP, DC, C, W=1, HG=1, num_warps=num_warps)
-    units = 4 if backward else min(8, 4096 // (NP * DC))  # for four warps
+    units = 4 if backward or dtype == torch.float32 else min(8, 4096 // (NP * DC))  # for four warps
     lines = 128 // math.gcd(128, D * dtype.itemsize)  # heads that fill whole lines
     HG = max(1, min(lines, triton.next_power_of_2(H), units))
     W = max(1, min(triton.next_power_of_2(windows), units // HG))
     if backward and C > 4 and dtype == torch.float32:
         W = 1
     return Config(NP, DC, C, W, HG, num_warps=max(1, W * HG * 4 // units))
+
+
+def register_limit(tile: Config, dtype: torch.dtype, backward: bool) -> dict[str, int]:
+    """Option for NVIDIA's assembler, which without it spills a few values to fit one more program."""
+    if not targets_hip() and dtype == torch.float32 and tile.NP == 16 and not backward:
+        return {"maxnreg": 128}
+    if not targets_hip() and dtype == torch.float16 and tile.NP > 16 and backward:
+        return {"maxnreg": 255}
+    return {}
 
 
 def refuses(qkv: Tensor, tau: Tensor | None, bias: Tensor | None, *, window, **_) -> str:
@@ -549,7 +558,8 @@ def _tiling(qkv: Tensor, grid, window, shift, backward: bool) -> tuple[dict, Con
         "ST": shift[0],
         "SF": shift[1],
     }
-    return {**constants, "PADDED": padded, **tile._asdict()}, tile, triton.cdiv(windows, tile.W)
+    limit = register_limit(tile, qkv.dtype, backward)
+    return {**constants, "PADDED": padded, **tile._asdict(), **limit}, tile, triton.cdiv(windows, tile.W)
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
