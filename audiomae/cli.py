@@ -156,8 +156,8 @@ def _doctor(options: argparse.Namespace) -> int:
         print(f"Attention on {device}")
         for backend in BACKENDS:
             state = why_not(backend, torch.device(device))
-            state = "no native library, see above" if state and state == no_native else state or "available"
-            print(f"  {backend:<12} {state}")
+            state = "no native library, see above" if no_native and state == no_native.rstrip(".") else state
+            print(f"  {backend:<12} {state or 'available'}")
     return 1 if no_native and _native.demanded() else 0
 
 
