@@ -39,6 +39,7 @@ from .config import EncoderConfig, MAEConfig
 from .masking import Grid, Mask, RaggedMask
 from .pretrained import PretrainedMixin
 from .ragged import Clips, Rows, as_ragged, ragged_info_nce, runs
+from .recompute import again
 
 MAX_FLAT_TOKENS = 48000  # MAE-AST's published table of 1-D positions
 
@@ -144,17 +145,6 @@ class Positions(nn.Module):
 
 
 # -- blocks --------------------------------------------------------------------------------------------------
-
-
-def again(function: Callable, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-    """function(x), of which only x is kept: the backward pass computes again what it needs from between.
-
-    It stops at the last value that is needed, so a linear layer at the function's end is not computed again.
-    """
-    # Compilers choose for themselves what to compute again.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return function(x)
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def take(x: Tensor, ids: Tensor | None) -> Tensor:
