@@ -142,7 +142,8 @@ def _open(file: str | os.PathLike | BinaryIO, name: str) -> tuple[Reader, Any]:
     if is_path and not os.path.isfile(file):
         raise AudioError(f"{name}: no such file")
     try:
-        opened = soundfile.SoundFile(file)
+        # As bytes, since soundfile encodes strictly and file names need not be Unicode.
+        opened = soundfile.SoundFile(os.fsencode(file) if is_path and os.name == "posix" else file)
         return _Soundfile(opened), opened
     except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: .raw, which has no header
         reason = re.sub(r"^Error opening .*?: ", "", str(error)).rstrip(".") or "damaged"
