@@ -84,7 +84,10 @@ def test_without_ffmpeg(tmp_path, stand_in, monkeypatch):
 
 @pytest.mark.parametrize("suffix", ["m4a", "mkv"])
 def test_the_real_one(tmp_path, suffix):
-    """A tone, since AAC makes up noise anew each time; Matroska's places are off by up to a millisecond."""
+    """A tone, since AAC makes up noise anew each time; Matroska's places are off by up to a millisecond.
+
+    That is 16 samples, of which the nearest is up to half a sample away: 0.5 * 0.5 * 2 pi * 440 / 16000 = 0.043.
+    """
     encoders = pytest.importorskip("torchcodec.encoders")
     tone = 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(2 * 44100) / 44100)
     path = tmp_path / f"tone.{suffix}"
@@ -94,6 +97,6 @@ def test_the_real_one(tmp_path, suffix):
         pytest.skip(str(error).splitlines()[0])
     whole, crop = load_audio(path), load_crop(path, samples=8000, start=12345)
     errors = [(crop - whole[start : start + 8000]).abs().max() for start in range(12345 - 16, 12345 + 17)]
-    assert min(errors) < 0.02
+    assert min(errors) < 0.05
     if suffix == "m4a":
         assert errors[16] < 1e-3
