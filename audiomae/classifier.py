@@ -6,14 +6,18 @@ are masked instead of single patches. Shapes as in `model.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from audiomae_kernels import _checks
 from torch import Tensor, nn
 
+from .attention import on_device
 from .config import ClassifierConfig
-from .masking import Mask
+from .masking import Grid, Mask
 from .model import Output, SpectrogramModel, check_spectrogram, init_vit
+from .ragged import as_ragged
 
 
 class Classifier(SpectrogramModel):
@@ -32,31 +36,24 @@ class Classifier(SpectrogramModel):
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
 
-    def draw_mask(
-        self,
-        batch: int,
-        frames: int | None = None,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Mask:
+    def _draw_mask(self, rows: int, grid: Grid, generator, device) -> Mask:
         """Structured masking with `mask_time` and `mask_frequency`; one of them must be set."""
         c = self.config
         if not (c.mask_time or c.mask_frequency):
             raise ValueError(
                 "this classifier masks nothing: set mask_time or mask_frequency in its configuration"
             )
-        grid, common = c.grid(frames), {"generator": generator, "device": device}
         if not c.mask_frequency:
-            return Mask.time(batch, grid, c.mask_time, **common)
+            return Mask.time(rows, grid, c.mask_time, generator, device)
         if not c.mask_time:
-            return Mask.frequency(batch, grid, c.mask_frequency, **common)
-        return Mask.time_frequency(batch, grid, c.mask_time, c.mask_frequency, **common)
+            return Mask.frequency(rows, grid, c.mask_frequency, generator, device)
+        return Mask.time_frequency(rows, grid, c.mask_time, c.mask_frequency, generator, device)
 
     def forward(
         self,
         spectrogram: Tensor,
         mask: Mask | None = None,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         labels: Tensor | None = None,
     ) -> Output:
         """Logits, and the loss when labels are given.
@@ -65,7 +62,7 @@ class Classifier(SpectrogramModel):
             spectrogram: (B, T, F) or (B, 1, T, F) normalised log-mel.
             mask: tokens to leave out; None masks nothing in evaluation, and in training draws a mask where
                 `mask_time` or `mask_frequency` is set.
-            lengths: (B,) valid frames; zeros after a clip's end are attended, as published.
+            lengths: as in `encode`; with `pad="exclude"` the mean is that of a clip's own tokens.
             labels: (R,) int64 class numbers (cross-entropy) or (R, num_classes) float targets in [0, 1] (binary
                 cross-entropy per class), on the spectrogram's device. Values are looked at on a CPU, and on
                 other devices asserted without waiting under AUDIOMAE_CHECK=1.
@@ -80,18 +77,26 @@ class Classifier(SpectrogramModel):
         spectrogram = check_spectrogram(spectrogram, lengths, self.encoder)
         if mask is None and self.training and (c.mask_time or c.mask_frequency):
             batch, frames = spectrogram.shape[:2]
-            mask = self.draw_mask(batch, frames, device=spectrogram.device)
+            mask = self.draw_mask(batch, frames, device=spectrogram.device, lengths=lengths)
         if labels is not None:
             rows = (spectrogram if mask is None else mask.ids_keep).shape[0]
             check_labels(labels, rows, c.num_classes, spectrogram.device)
-        tokens = self.encode(spectrogram, mask)[:, c.prefix_tokens :]
-        logits = self.head(self.fc_norm(tokens.mean(dim=1)))
+        tokens = self.encode(spectrogram, mask, lengths)[:, c.prefix_tokens :]
+        logits = self.head(self.fc_norm(self._mean(tokens, mask, lengths)))
         out = (
             Output(logits=logits) if labels is None else Output(loss=self.loss(logits, labels), logits=logits)
         )
         if mask is not None:
             out["mask"] = mask
         return out
+
+    def _mean(self, tokens: Tensor, mask: Mask | None, lengths: Tensor | Sequence[int] | None) -> Tensor:
+        """(R, K, D) -> (R, D): over a row's own tokens, which zeros follow."""
+        clips = self.clips(lengths)
+        if clips is None:
+            return tokens.mean(dim=1)
+        counts = clips.tokens if mask is None else as_ragged(mask).kept
+        return tokens.sum(dim=1) / on_device(counts, tokens.dtype, tokens.device)[:, None]
 
     @staticmethod
     def loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command line: `audiomae doctor | embed | convert | verify`."""
+"""The command line: `audiomae doctor | prepare | embed | convert | verify`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .classifier import Classifier
 from .config import list_models
 from .create import create_model, load
 from .data import load_batch, recordings
+from .data.pack import add_command as add_prepare
 from .frontend import num_frames
 from .model import MaskedAutoencoder, Output, SpectrogramModel
 from .upstream import load_upstream, position_layout, to_upstream
@@ -54,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         "The exit status is 1 if the environment names a native library or a CPU tier that cannot be had.",
     )
     doctor.set_defaults(run=_doctor)
+
+    add_prepare(commands)
 
     embed = commands.add_parser(
         "embed",
@@ -155,7 +158,9 @@ def _doctor(options: argparse.Namespace) -> int:
                 print(f"  {'*' if served.chosen else ' '} {op:<17} {served.name:<10} {state}")
         print(f"Attention on {device}")
         for backend in BACKENDS:
-            print(f"  {backend:<12} {why_not(backend, torch.device(device)) or 'available'}")
+            state = why_not(backend, torch.device(device))
+            state = "no native library, see above" if no_native and state == no_native.rstrip(".") else state
+            print(f"  {backend:<12} {state or 'available'}")
     return 1 if no_native and _native.demanded() else 0
 
 

@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 
 from .attention import BACKENDS
 from .frontend import Frontend
-from .masking import check_ratio
+from .masking import SHARED, check_ratio
 
-DECODERS = ("window", "hybrid", "global", "none")
+DECODERS = ("window", "hybrid", "global", "cross", "none")
+PADS = ("attend", "exclude")
 POSITIONS = ("transposed", "grid", "flat", "learned")
 NORMS = ("pre", "post")
 INPUT_NORMS = ("none", "auto", "batch", "running")
@@ -63,6 +64,15 @@ def _check_loss_weights(reconstruction: float, info_nce: float) -> None:
         )
 
 
+def _check_masks_per_clip(number: int, masking: str) -> None:
+    _check_count("masks_per_clip", number)
+    if number > 1 and masking in SHARED:
+        raise ValueError(
+            f"masking={masking!r} draws one mask for the whole batch, so that masks_per_clip={number} would be "
+            "the same mask again and again: choose another strategy, or masks_per_clip=1"
+        )
+
+
 @dataclass(kw_only=True)
 class EncoderConfig:
     """A Vision Transformer over spectrogram patches.
@@ -86,8 +96,13 @@ class EncoderConfig:
         layer_drop: of whole layers, in encoder and decoder.
         drop_path: of the encoder's branches, clip by clip; rises linearly over the depth.
         impl: kernel implementation: None (the best there is), "reference", "native" or "triton".
-        attention: who computes attention over all tokens, in the encoder and in global decoder blocks: "sdpa"
+        attention: who computes attention over all tokens, in the encoder and in global decoder blocks: None (the
+            best there is: "native" on a CPU that has the native library, in float32 and bfloat16, else "sdpa";
+            with impl="reference" or "triton" always "sdpa"), "native" (this project's kernel for CPUs), "sdpa"
             (PyTorch), "flash_attn" or "xformers" (packages of their own, on GPUs only).
+        pad: what `lengths` do. "attend": nothing, as published: what a clip was filled up with is attended and
+            reconstructed like the rest. "exclude": it is kept out of attention, input statistics, pooling and loss,
+            and a clip gives what it gives alone (see `SpectrogramModel.encode`).
         recompute: what the backward pass computes again to save memory: "none"; "activations", the outputs of
             LayerNorm, GELU and window attention, so no product with weights; "blocks", everything but each
             block's input (activation checkpointing: one more forward pass).
@@ -115,7 +130,8 @@ class EncoderConfig:
     layer_drop: float = 0.0
     drop_path: float = 0.0
     impl: str | None = None
-    attention: str = "sdpa"
+    attention: str | None = None
+    pad: str = "attend"
     recompute: str = "activations"
     frontend: Frontend = field(default_factory=lambda: Frontend.named("audioset"))
 
@@ -124,7 +140,8 @@ class EncoderConfig:
         _one_of("norm", self.norm, NORMS)
         _one_of("input_norm", self.input_norm, INPUT_NORMS)
         _one_of("impl", self.impl, IMPLEMENTATIONS)
-        _one_of("attention", self.attention, tuple(BACKENDS))
+        _one_of("attention", self.attention, (None, *BACKENDS))
+        _one_of("pad", self.pad, PADS)
         _one_of("recompute", self.recompute, RECOMPUTE)
         _one_of("prefix_tokens", self.prefix_tokens, (0, 1, 2))
         for name in ("frames", "mel_bins", "width", "depth", "heads"):
@@ -159,6 +176,10 @@ class EncoderConfig:
         """(frames, mel bins) between neighbouring patches."""
         return self.patch if self.stride is None else self.stride
 
+    def grid_of_filled(self, frames: int) -> tuple[int, int]:
+        """(T', F') tokens of a clip of so many frames that is filled up to whole patches."""
+        return max(0, -(-(frames - self.patch[0]) // self.step[0])) + 1, self.grid()[1]
+
     @property
     def patch_values(self) -> int:
         return self.patch[0] * self.patch[1]
@@ -178,11 +199,19 @@ class MAEConfig(EncoderConfig):
 
     Attributes:
         decoder: "window" (Audio-MAE's shifted local attention), "global", "hybrid" (the paper's: local
-            blocks, then `global_blocks` global ones), or "none" (an encoder alone).
-        decoder_width, decoder_depth, decoder_heads: of the decoder; depth None means the published 16, 8, 12.
+            blocks, then `global_blocks` global ones), "cross" (see `CrossDecoder`: faster, and not the published
+            model) or "none" (an encoder alone).
+        decoder_width, decoder_depth, decoder_heads: of the decoder; depth None means 16, 8, 12 (published) and 12.
+        decode_ratio: share of the decoder's work that is done in a step, for speed: of the masked tokens ("cross"),
+            or of the windows ("window"). Less than 1 changes what is learned and is not the published model: the
+            loss covers what is decoded, drawn anew for each row and step, and the other tokens give no gradient;
+            in a window decoder, what lies outside the decoded windows is no context either. What that costs in
+            quality is not known for spectrograms.
         window, window_shift: tokens (time, frequency); every second window block is shifted.
         bias_dropout: dropout inside the MLP that makes the window's position bias; published: 0.1.
         masking, mask_ratio: strategy of `Mask` and share of the tokens that is masked.
+        masks_per_clip: rows that `draw_mask` draws for each clip. The spectrogram is read once for all; a batch of
+            fewer clips with several masks has more correlated gradients than one of as many clips.
         normalize_target: reconstruct patches normalised by their own mean and variance.
         reconstruction_weight, info_nce_weight: of the two losses; 0 leaves a head out.
     """
@@ -195,8 +224,10 @@ class MAEConfig(EncoderConfig):
     window: tuple[int, int] = (4, 4)
     window_shift: tuple[int, int] = (2, 0)
     bias_dropout: float = 0.1
+    decode_ratio: float = 1.0
     masking: str = "random"
     mask_ratio: float | tuple[float, float] = 0.8
+    masks_per_clip: int = 1
     normalize_target: bool = True
     reconstruction_weight: float = 1.0
     info_nce_weight: float = 0.0
@@ -212,7 +243,9 @@ class MAEConfig(EncoderConfig):
         _check_pair("window_shift", self.window_shift, least=0)
         _check_rate("bias_dropout", self.bias_dropout)
         check_ratio(self.masking, self.mask_ratio)
+        _check_masks_per_clip(self.masks_per_clip, self.masking)
         _check_loss_weights(self.reconstruction_weight, self.info_nce_weight)
+        self._check_decode_ratio()
         if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
             raise ValueError(
                 f"decoder_width must be a multiple of 4 and of decoder_heads={self.decoder_heads}, "
@@ -228,11 +261,29 @@ class MAEConfig(EncoderConfig):
                 f"of {self.num_decoder_blocks}"
             )
 
+    def _check_decode_ratio(self) -> None:
+        if not (isinstance(self.decode_ratio, (int, float)) and 0.0 < self.decode_ratio <= 1.0):
+            raise ValueError(f"decode_ratio must lie in (0, 1], got {self.decode_ratio!r}")
+        if self.decode_ratio == 1.0 or self.decoder == "cross":
+            return
+        if self.decoder != "window":
+            raise ValueError(
+                f'decode_ratio={self.decode_ratio} needs decoder="cross" or "window": in a {self.decoder!r} decoder '
+                "every token attends to every other"
+            )
+        # How many masked tokens the drawn windows hold is known on the device only.
+        for name, excluded in (("info_nce_weight", self.info_nce_weight), ("pad", self.pad == "exclude")):
+            if excluded:
+                raise ValueError(
+                    f"decode_ratio={self.decode_ratio} of a window decoder does not go with "
+                    f'{name}={getattr(self, name)!r}: choose decode_ratio=1.0, or decoder="cross"'
+                )
+
     @property
     def num_decoder_blocks(self) -> int:
         if self.decoder_depth is not None:
             return self.decoder_depth
-        return {"window": 16, "global": 8, "hybrid": 12, "none": 0}[self.decoder]
+        return {"window": 16, "global": 8, "hybrid": 12, "cross": 12, "none": 0}[self.decoder]
 
 
 @dataclass(kw_only=True)
@@ -241,7 +292,7 @@ class SSASTConfig(EncoderConfig):
 
     Attributes:
         passes: 1 forward serves both losses, or 2 with a mask each, as the published code does.
-        masking, mask_ratio: as in `MAEConfig`.
+        masking, mask_ratio, masks_per_clip: as in `MAEConfig`.
         reconstruction_weight, info_nce_weight: of the two losses; both are always computed.
     """
 
@@ -251,6 +302,7 @@ class SSASTConfig(EncoderConfig):
     passes: int = 1
     masking: str = "cluster"
     mask_ratio: float = 400 / 512
+    masks_per_clip: int = 1
     reconstruction_weight: float = 10.0
     info_nce_weight: float = 1.0
 
@@ -258,6 +310,7 @@ class SSASTConfig(EncoderConfig):
         super().__post_init__()
         _one_of("passes", self.passes, (1, 2))
         check_ratio(self.masking, self.mask_ratio)
+        _check_masks_per_clip(self.masks_per_clip, self.masking)
         _check_loss_weights(self.reconstruction_weight, self.info_nce_weight)
 
 

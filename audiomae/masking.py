@@ -4,15 +4,18 @@ Polarity, stated once for the whole project: *kept* tokens are visible to the en
 the ones to be reconstructed. Tokens are time-major: token (t, f) of a grid (T', F') has the id t * F' + f.
 
 Shapes: B clips, L tokens, K kept, M = L - K masked. Every strategy is vectorised over the batch, draws from
-the `torch.Generator` it is given, runs on any device, and gives each clip the same number of kept tokens.
+the `torch.Generator` it is given, runs on any device, and gives each clip the same number of kept tokens. Clips of
+different lengths have a `RaggedMask`, where each keeps its own share of its own tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
 
 Grid = tuple[int, int]
@@ -35,14 +38,19 @@ class Mask:
     num_tokens: int
 
     @classmethod
-    def from_keep(cls, ids_keep: Tensor, num_tokens: int) -> Mask:
+    def from_keep(cls, ids_keep: Tensor | Sequence[Tensor], num_tokens: int | Sequence[int]) -> Mask:
         """The mask that keeps `ids_keep` (B, K), in that order. Waits for the device once, to validate.
 
+        For clips of different lengths: a sequence of (K,) tensors and the number of tokens of each, which gives a
+        `RaggedMask` and waits once for each clip.
+
         Raises:
-            TypeError: `ids_keep` is not an int64 tensor.
+            TypeError: `ids_keep` is not an int64 tensor, or not a sequence of them where `num_tokens` is one.
             ValueError: its shape is not (B, K) with 1 <= K <= L, an id is outside [0, L), or a clip keeps a
                 token twice.
         """
+        if isinstance(num_tokens, Sequence):
+            return RaggedMask.from_rows(ids_keep, num_tokens)
         if not isinstance(ids_keep, Tensor) or ids_keep.dtype != torch.int64:
             given = ids_keep.dtype if isinstance(ids_keep, Tensor) else type(ids_keep).__name__
             raise TypeError(f"ids_keep must be an int64 tensor of token ids, got {given}")
@@ -88,7 +96,7 @@ class Mask:
         return masked.scatter(1, self.ids_keep, False)
 
     def to(self, device: torch.device | str) -> Mask:
-        return Mask(self.ids_keep.to(device), self.ids_masked.to(device), self.num_tokens)
+        return replace(self, ids_keep=self.ids_keep.to(device), ids_masked=self.ids_masked.to(device))
 
     # -- strategies ------------------------------------------------------------------------------------------
 
@@ -287,16 +295,24 @@ class Mask:
         cls,
         strategy: str,
         batch: int,
-        grid: Grid,
+        grid: Grid | Sequence[Grid],
         ratio: float | tuple[float, float],
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Mask:
         """A mask by the name of its strategy, one of `STRATEGIES`.
 
-        `time_frequency` takes a pair of ratios; a single number serves both axes.
+        `time_frequency` takes a pair of ratios; a single number serves both axes. A sequence of `batch` grids gives
+        a `RaggedMask`: clips of one grid are drawn together, so that what a strategy shares within a batch is
+        shared among them.
         """
         check_ratio(strategy, ratio)
+        if not isinstance(grid[0], int):
+            if len(grid) != batch:
+                raise ValueError(f"a mask for {batch} clips needs as many grids, got {len(grid)}")
+            return RaggedMask.drawn(
+                grid, lambda rows, size: cls.draw(strategy, rows, size, ratio, generator, device)
+            )
         upstream = strategy.endswith(UPSTREAM)
         kind = strategy.removesuffix(UPSTREAM)
         common = {"generator": generator, "device": device}
@@ -310,6 +326,78 @@ class Mask:
         if kind in ("cluster", "chunk"):
             return getattr(cls, kind)(batch, grid, ratio, upstream=upstream, **common)
         return getattr(cls, kind)(batch, grid, ratio, **common)
+
+
+@dataclass(frozen=True, eq=False)
+class RaggedMask(Mask):
+    """The visible and the masked tokens of clips with different numbers of tokens.
+
+    Build one with `Mask.from_keep` or `Mask.draw`, given the number of tokens, or the grid, of each clip.
+
+    Attributes:
+        ids_keep: (B, K) int64, K that of the clip with most; a row's own `kept[i]` tokens, then -1.
+        ids_masked: (B, M) int64, likewise with `masked[i]`.
+        num_tokens: L of the longest clip.
+        kept, masked: how many tokens of each clip are, on the host.
+    """
+
+    kept: tuple[int, ...]
+    masked: tuple[int, ...]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """L of each clip."""
+        return tuple(k + m for k, m in zip(self.kept, self.masked, strict=True))
+
+    @classmethod
+    def join(cls, masks: Sequence[Mask]) -> RaggedMask:
+        """Of masks of one row each."""
+        keep, masked = [mask.ids_keep[0] for mask in masks], [mask.ids_masked[0] for mask in masks]
+        return cls(
+            pad_sequence(keep, batch_first=True, padding_value=-1),
+            pad_sequence(masked, batch_first=True, padding_value=-1),
+            max(mask.num_tokens for mask in masks),
+            tuple(map(len, keep)),
+            tuple(map(len, masked)),
+        )
+
+    @classmethod
+    def from_rows(cls, ids_keep: Sequence[Tensor], num_tokens: Sequence[int]) -> RaggedMask:
+        """`Mask.from_keep` clip by clip."""
+        if isinstance(ids_keep, Tensor) or not all(isinstance(ids, Tensor) for ids in ids_keep):
+            raise TypeError(
+                "with num_tokens for each clip, ids_keep must be a sequence of int64 tensors (K,)"
+            )
+        if len(ids_keep) != len(num_tokens) or not len(ids_keep):
+            raise ValueError(
+                f"a number of tokens belongs to each clip, got {len(num_tokens)} for {len(ids_keep)} clips"
+            )
+        return cls.join([Mask.from_keep(ids[None], n) for ids, n in zip(ids_keep, num_tokens, strict=True)])
+
+    @classmethod
+    def drawn(cls, grids: Sequence[Grid], draw: Callable[[int, Grid], Mask]) -> RaggedMask:
+        """`draw(number of clips, grid)` for the clips of each grid."""
+        masks: dict[int, Mask] = {}
+        for grid in dict.fromkeys(grids):
+            clips = [i for i, other in enumerate(grids) if other == grid]
+            mask = draw(len(clips), grid)
+            rows = zip(mask.ids_keep.split(1), mask.ids_masked.split(1), strict=True)
+            masks |= {i: Mask(*ids, mask.num_tokens) for i, ids in zip(clips, rows, strict=True)}
+        return cls.join([masks[i] for i in range(len(grids))])
+
+    @classmethod
+    def everything(cls, tokens: Sequence[int], device: torch.device | str | None = None) -> RaggedMask:
+        """Keeps all tokens of each clip, ascending."""
+        ids = torch.arange(max(tokens), device=device)
+        nothing = ids[:0]
+        return cls.join([Mask(ids[None, :n], nothing[None], n) for n in tokens])
+
+    def dense(self) -> Tensor:
+        """(B, L) bool, True where a token is masked; False beyond a clip's end."""
+        shape = (self.ids_keep.shape[0], self.num_tokens + 1)  # the last place takes the -1
+        masked = torch.zeros(shape, dtype=torch.bool, device=self.ids_keep.device)
+        ids = torch.where(self.ids_masked < 0, self.num_tokens, self.ids_masked)
+        return masked.scatter(1, ids, True)[:, :-1]
 
 
 UPSTREAM = "_upstream"
@@ -326,6 +414,7 @@ STRATEGIES = (
     "chunk_upstream",
     "spans_upstream",
 )
+SHARED = ("random_shared", "chunk_upstream")  # one mask for the whole batch
 
 pytree.register_pytree_node(
     Mask,
@@ -335,6 +424,17 @@ pytree.register_pytree_node(
     flatten_with_keys_fn=lambda mask: (
         [(pytree.GetAttrKey(name), getattr(mask, name)) for name in ("ids_keep", "ids_masked")],
         mask.num_tokens,
+    ),
+)
+
+pytree.register_pytree_node(
+    RaggedMask,
+    lambda mask: ([mask.ids_keep, mask.ids_masked], (mask.num_tokens, mask.kept, mask.masked)),
+    lambda ids, sizes: RaggedMask(*ids, *sizes),
+    serialized_type_name="audiomae.RaggedMask",
+    flatten_with_keys_fn=lambda mask: (
+        [(pytree.GetAttrKey(name), getattr(mask, name)) for name in ("ids_keep", "ids_masked")],
+        (mask.num_tokens, mask.kept, mask.masked),
     ),
 )
 

@@ -3,10 +3,12 @@
 Audio-MAE: Huang et al., "Masked Autoencoders that Listen", NeurIPS 2022 (arXiv 2207.06405).
 MAE-AST: Baade et al., "MAE-AST: Masked Autoencoding Audio Spectrogram Transformer", Interspeech 2022
 (arXiv 2203.16691).
+CrossMAE's decoder: Fu et al., "Rethinking Patch Dependence for Masked Autoencoders", TMLR 2025 (arXiv 2401.14391).
 
 Shapes: B clips, R = B * m rows (m masks of each clip, usually 1), T frames, F mel bins, grid (T', F') of
 L = T' * F' tokens in time-major order t * F' + f, P prefix tokens, K kept and M masked tokens, D width,
-H heads, d = D / H, V = patch values, N tokens of a window.
+H heads, d = D / H, V = patch values, N tokens of a window. Clips of different lengths are packed (`ragged.py`), and
+`total` then stands for the tokens of all rows.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +28,18 @@ from audiomae_kernels import (
     unshuffle,
     window_attention,
 )
+from audiomae_kernels.window_attention import clip_window
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Packed, attention, require_backend
 from .config import EncoderConfig, MAEConfig
-from .masking import Grid, Mask
+from .masking import Grid, Mask, RaggedMask
 from .pretrained import PretrainedMixin
+from .ragged import Clips, Rows, as_ragged, ragged_info_nce, runs
+from .recompute import again
 
 MAX_FLAT_TOKENS = 48000  # MAE-AST's published table of 1-D positions
 
@@ -132,19 +139,12 @@ class Positions(nn.Module):
         # The start of the table is the only exact part of it: the transposed one is no product of two axes.
         return prefix, table[:tokens]
 
+    def packed(self, grids: Sequence[Grid]) -> Tensor:
+        """(total, D): of the tokens of packed rows with these grids."""
+        return torch.cat([self(grid)[1] for grid in grids])
+
 
 # -- blocks --------------------------------------------------------------------------------------------------
-
-
-def again(function: Callable, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-    """function(x), of which only x is kept: the backward pass computes again what it needs from between.
-
-    It stops at the last value that is needed, so a linear layer at the function's end is not computed again.
-    """
-    # Compilers choose for themselves what to compute again.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return function(x)
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def take(x: Tensor, ids: Tensor | None) -> Tensor:
@@ -169,9 +169,10 @@ class Mlp(nn.Module):
 class GlobalAttention(nn.Module):
     """Scaled dot-product attention over all tokens of a clip."""
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0, backend: str = "sdpa"):
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, backend: str | None = None):
         super().__init__()
-        require_backend(backend)
+        if backend is not None:
+            require_backend(backend)
         self.heads, self.dropout, self.backend = heads, dropout, backend
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -182,9 +183,9 @@ class GlobalAttention(nn.Module):
 
     def mix(self, qkv: Tensor, packed: Packed | None = None) -> Tensor:
         """(..., 3 * D) -> (..., D): the heads' outputs."""
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)  # each (..., L, H, d)
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))  # (..., L, 3, H, d)
         dropout = self.dropout if self.training else 0.0
-        return attention(q, k, v, packed=packed, dropout=dropout, backend=self.backend).flatten(-2)
+        return attention(qkv, packed=packed, dropout=dropout, backend=self.backend)
 
 
 class WindowAttention(nn.Module):
@@ -211,19 +212,89 @@ class WindowAttention(nn.Module):
             nn.Dropout(bias_dropout),
         )
 
-    def forward(self, x: Tensor, grid: Grid, offsets: Tensor) -> Tensor:
-        """x (B, L, D); offsets (N, N, 2) from `log_offsets`."""
+    def forward(self, x: Tensor, grid: Grid | Sequence[Grid], offsets: Tensor) -> Tensor:
+        """x (B, L, D), or (total, D) with a grid for each row; offsets (N, N, 2) from `log_offsets`."""
         return self.proj(self.mix(self.qkv(x), grid, self.bias(offsets)))
 
     def bias(self, offsets: Tensor) -> Tensor:
         """(N, N, 2) -> (H, N, N)."""
         return self.bias_mlp(offsets).permute(2, 0, 1)
 
-    def mix(self, qkv: Tensor, grid: Grid, bias: Tensor) -> Tensor:
-        """(B, L, 3 * D) -> (B, L, D): the heads' outputs."""
-        return window_attention(
+    def mix(self, qkv: Tensor, grid: Grid | Sequence[Grid], bias: Tensor) -> Tensor:
+        """(..., 3 * D) -> (..., D): the heads' outputs."""
+        return attend_windows(
             qkv, self.tau, bias, grid=grid, window=self.window, shift=self.shift, impl=self.impl
         )
+
+
+def attend_windows(
+    qkv: Tensor,
+    tau: Tensor,
+    bias: Tensor,
+    *,
+    grid: Grid | Sequence[Grid],
+    window: Grid,
+    shift: Grid,
+    impl: str | None,
+) -> Tensor:
+    """`window_attention` of a dense batch, or of packed rows with a grid each: one call for each run of equal grids.
+
+    `bias` is for the windows of the last row, the longest. A grid with fewer time steps than the window has smaller
+    windows, whose tokens are the first of a larger one.
+    """
+    options = {"window": window, "shift": shift, "impl": impl}
+    if isinstance(grid[0], int):
+        return window_attention(qkv, tau, bias, grid=grid, **options)
+    (steps, bands), _ = clip_window(grid[-1], window, shift)
+    bias = bias.unflatten(2, (steps, bands)).unflatten(1, (steps, bands))
+    out = []
+    for size, rows in runs(qkv, grid, [t * f for t, f in grid]):
+        (t, _), _ = clip_window(size, window, shift)
+        part = bias[:, :t, :, :t].flatten(3, 4).flatten(1, 2)
+        out.append(window_attention(rows, tau, part, grid=size, **options).flatten(0, 1))
+    return torch.cat(out)
+
+
+class CrossAttention(nn.Module):
+    """Scaled dot-product attention of decoded tokens to the encoder's output, by PyTorch on any device."""
+
+    def __init__(self, width: int, memory_width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(memory_width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, memory: Tensor, counts: tuple[Sequence[int], Sequence[int]] = ()) -> Tensor:
+        """x (B, M, D), memory (B, K, D'); packed both where `counts` has the tokens of each row in x and memory.
+
+        Packed rows are attended one by one.
+        """
+        return self.proj(self.mix(self.q(x), memory, counts))
+
+    @property
+    def qkv(self) -> nn.Linear:
+        """What `Block` multiplies first: the queries alone."""
+        return self.q
+
+    def mix(self, q: Tensor, memory: Tensor, counts: tuple[Sequence[int], Sequence[int]] = ()) -> Tensor:
+        """(..., D) and the memory -> (..., D): the heads' outputs."""
+        q = q.unflatten(-1, (self.heads, -1))  # (..., M, H, d)
+        k, v = self.kv(memory).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        dropout = self.dropout if self.training else 0.0
+        if counts:
+            decoded, kept = (list(c) for c in counts)
+            rows = zip(q[None].split(decoded, 1), *(y[None].split(kept, 1) for y in (k, v)), strict=True)
+            x = torch.cat([self._attend(*row, dropout) for row in rows], dim=1)[0]
+        else:
+            x = self._attend(q, k, v, dropout)
+        return x.flatten(-2)
+
+    @staticmethod
+    def _attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        """(B, M, H, d), twice (B, K, H, d) -> (B, M, H, d)."""
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*heads_first, dropout_p=dropout).transpose(1, 2)
 
 
 def log_offsets(window: Grid) -> Tensor:
@@ -241,11 +312,24 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:
+        """x (B, L, D), or (total, D) where `packed` says which tokens are whose."""
         if not self.training or self.rate == 0.0:
             return x
-        keep = torch.empty(x.shape[0], 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1.0 - self.rate)
+        clips, ones = (len(x), (1, 1)) if packed is None else (len(packed.lengths), (1,))
+        keep = torch.empty(clips, *ones, dtype=x.dtype, device=x.device).bernoulli_(1.0 - self.rate)
+        if packed is not None:
+            keep = keep.repeat_interleave(packed.cu_seqlens.diff(), dim=0, output_size=len(x))
         return x * keep / (1.0 - self.rate)
+
+
+class BranchDropout(nn.Sequential):
+    """Dropout of values, then perhaps `DropPath`, which must know the clips of packed tokens."""
+
+    def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:
+        for layer in self:
+            x = layer(x, packed) if isinstance(layer, DropPath) else layer(x)
+        return x
 
 
 class LayerDrop(nn.Module):
@@ -272,7 +356,7 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        attention: GlobalAttention | WindowAttention,
+        attention: GlobalAttention | WindowAttention | CrossAttention,
         width: int,
         mlp_ratio: float,
         norm: str,
@@ -298,17 +382,21 @@ class Block(nn.Module):
         return self._forward(x, *context, ids=ids)
 
     def _forward(self, x: Tensor, *context: Grid | Tensor | Packed, ids: Tensor | None) -> Tensor:
+        def drop(y: Tensor) -> Tensor:
+            # The context of global attention, and that alone, says which tokens are whose.
+            return self.dropout(y, *context) if isinstance(self.dropout, BranchDropout) else self.dropout(y)
+
         if self.order == "pre":
             qkv = self._again(lambda x: self.attn.qkv(self.norm1(x)), x)
-            x = take(x, ids) + self.dropout(self._attend(qkv, *context, ids=ids))
+            x = take(x, ids) + drop(self._attend(qkv, *context, ids=ids))
             hidden = self._again(lambda x: self.mlp.fc1(self.norm2(x)), x)
-            return x + self.dropout(self._again(self.mlp.activate, hidden))
+            return x + drop(self._again(self.mlp.activate, hidden))
         y = self._attend(self.attn.qkv(x), *context, ids=ids)
         if self.order == "res-post":
-            x = take(x, ids) + self.dropout(self.norm1(y))
-            return x + self.dropout(self.norm2(self._again(self.mlp.activate, self.mlp.fc1(x))))
-        x, hidden = self._again(self._norm_and_expand, take(x, ids) + self.dropout(y))
-        return self.norm2(x + self.dropout(self._again(self.mlp.activate, hidden)))
+            x = take(x, ids) + drop(self.norm1(y))
+            return x + drop(self.norm2(self._again(self.mlp.activate, self.mlp.fc1(x))))
+        x, hidden = self._again(self._norm_and_expand, take(x, ids) + drop(y))
+        return self.norm2(x + drop(self._again(self.mlp.activate, hidden)))
 
     def _attend(self, qkv: Tensor, *context: Grid | Tensor | Packed, ids: Tensor | None) -> Tensor:
         """From the attention's qkv to its end, for the tokens `ids`."""
@@ -327,10 +415,10 @@ class Block(nn.Module):
 
 
 def global_block(c: EncoderConfig, width: int, heads: int, drop_path: float = 0.0) -> Block:
-    dropout = nn.Dropout(c.dropout)
-    if drop_path:
-        dropout = nn.Sequential(dropout, DropPath(drop_path))
-    layer = GlobalAttention(width, heads, c.attention_dropout, c.attention)
+    dropout = BranchDropout(nn.Dropout(c.dropout), *([DropPath(drop_path)] if drop_path else []))
+    # Our own kernel is one of the kernels that `impl` names, and neither a reference nor Triton's.
+    backend = "sdpa" if c.attention is None and c.impl in ("reference", "triton") else c.attention
+    layer = GlobalAttention(width, heads, c.attention_dropout, backend)
     return Block(layer, width, c.mlp_ratio, c.norm, c.norm_eps, dropout, c.recompute)
 
 
@@ -344,8 +432,8 @@ class SpectrogramNorm(nn.BatchNorm2d):
         super().__init__(1, affine=False)
         self.mode = mode
 
-    def forward(self, spectrogram: Tensor) -> Tensor:
-        """(B, T, F) -> (B, T, F) in the dtype of the statistics."""
+    def forward(self, spectrogram: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(B, T, F) -> (B, T, F) in the dtype of the statistics, which are those of `valid` (frames, F) if given."""
         spectrogram = spectrogram.to(self.running_mean.dtype)
         batch = self.training if self.mode == "auto" else self.mode == "batch"
         running = (self.running_mean, self.running_var)
@@ -353,8 +441,18 @@ class SpectrogramNorm(nn.BatchNorm2d):
             self.num_batches_tracked.add_(1)
         elif batch:
             running = (None, None)  # in evaluation the stored statistics stay as they are
+        if batch and valid is not None:
+            running, batch = self._statistics(valid.to(spectrogram.dtype), *running), False
         x = F.batch_norm(spectrogram[:, None], *running, training=batch, momentum=self.momentum, eps=self.eps)
         return 0.5 * x[:, 0]
+
+    def _statistics(self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> tuple:
+        """Mean and biased variance of x, (1,) each; the running ones follow as in `nn.BatchNorm2d`."""
+        var, mean = (t[None] for t in torch.var_mean(x, correction=0))
+        if running_mean is not None:
+            running_mean.lerp_(mean, self.momentum)
+            running_var.lerp_(var * (x.numel() / max(1, x.numel() - 1)), self.momentum)
+        return mean, var
 
 
 def spectrogram_norm(c: EncoderConfig) -> nn.Module:
@@ -412,6 +510,18 @@ class Encoder(nn.Module):
             x = self.input_dropout(self.embed(spectrogram, ids_keep)) + F.embedding(ids_keep, positions)
         return self.transform(x, grid, layers)
 
+    def forward_packed(
+        self, spectrogram: Tensor, rows: Rows, masked: bool = True, layers: Sequence[int] | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
+        """`forward` of packed rows: the long spectrogram (1, T, F) -> (total, D), each row's prefix before its tokens.
+
+        `masked` tells that there is a mask, which may keep all tokens.
+        """
+        x = self.embed(spectrogram, rows.patches_keep)[0]
+        x = self.input_dropout(x) if masked else x
+        x = x + F.embedding(rows.ids_keep[0], self.positions.packed(rows.grids))
+        return self.transform(x, rows.grids[-1], layers, rows.kept)
+
     def embed(self, spectrogram: Tensor, ids: Tensor) -> Tensor:
         """(B, T, F), (R, K) -> (R, K, D): linear patch embeddings without positions."""
         c = self.config
@@ -419,16 +529,27 @@ class Encoder(nn.Module):
         return self.patch_embed(patches.to(self.patch_embed.weight.dtype))
 
     def transform(
-        self, x: Tensor, grid: Grid, layers: Sequence[int] | None = None
+        self,
+        x: Tensor,
+        grid: Grid,
+        layers: Sequence[int] | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """(R, K, D) tokens with positions -> (R, P + K, D)."""
+        """(R, K, D) tokens with positions -> (R, P + K, D); (total, D) with the tokens of each row in `counts`."""
         if self.prefix is not None:
             prefix_positions, _ = self.positions(grid)
-            x = torch.cat([(self.prefix + prefix_positions).expand(x.shape[0], -1, -1), x], dim=1)
+            prefix = self.prefix + prefix_positions
+            if counts is None:
+                x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
+            else:
+                x = Rows.add_prefix(prefix.expand(len(counts), -1, -1), x, counts)
+        packed = (
+            () if counts is None else (Packed.of([self.config.prefix_tokens + n for n in counts], x.device),)
+        )
         x = self.input_norm(x)
         hidden = []
         for i, block in enumerate(self.blocks, start=1):
-            x = self.layer_drop(x, block(x))
+            x = self.layer_drop(x, block(x, *packed))
             if layers is not None and i in layers:
                 hidden.append(x)
         return self.norm(x) if layers is None else tuple(hidden)
@@ -484,14 +605,41 @@ class Decoder(nn.Module):
             return self.offsets
         return log_offsets(window).to(self.offsets)
 
-    def forward(self, latent: Tensor, mask: Mask, grid: Grid) -> Tensor:
-        """(R, P + K, D) -> (R, M, decoder width), the masked tokens in the order of `mask.ids_masked`."""
+    def draw_span(self, mask: Mask, grid: Grid) -> Span:
+        """The windows that a step decodes (`decode_ratio`): columns of windows that are neighbours in time.
+
+        Neighbours, so that shifted windows find theirs: the decoder works on the span as on a clip of its own.
+        Where the span begins is drawn for each row; the share is rounded to whole columns, at least one.
+        """
+        (steps, bands), (height, _) = grid, self._window(grid)
+        columns = -(-steps // height)
+        length = min(steps, max(1, round(columns * self.config.decode_ratio)) * height)
+        starts = -(-(steps - length) // height) + 1
+        device = mask.ids_keep.device
+        first = torch.randint(starts, (mask.ids_keep.shape[0], 1), device=device) * height
+        # Where windows do not tile the clip, the last start is moved so that the span ends with the clip.
+        ids = first.clamp(max=steps - length) * bands + torch.arange(length * bands, device=device)
+        masked = mask.dense().gather(1, ids)
+        places = (~masked).to(torch.uint8).argsort(dim=1, stable=True)
+        places = places[:, : min(mask.ids_masked.shape[1], ids.shape[1])]
+        ids_masked = torch.where(masked.gather(1, places), ids.gather(1, places), -1)
+        return Span((length, bands), ids, places, ids_masked)
+
+    def forward(self, latent: Tensor, mask: Mask, grid: Grid, span: Span | None = None) -> Tensor:
+        """(R, P + K, D) -> (R, M, decoder width), the masked tokens in the order of `mask.ids_masked`.
+
+        With a `span`, those of the span in the order of `span.ids_masked`, anything where that holds -1.
+        """
         prefix = self.config.prefix_tokens
         x = self.embed(latent)
         prefix_positions, positions = self.positions(grid)
         # The residual stream stays in the positions' precision under autocast, as in the encoder.
         tokens = x[:, prefix:].to(positions.dtype)
         tokens = unshuffle(tokens, mask.ids_keep, self.mask_token.flatten(), positions, impl=self.config.impl)
+        ids_masked = mask.ids_masked
+        if span is not None:
+            tokens = tokens.gather(1, span.ids[:, :, None].expand(-1, -1, tokens.shape[2]))
+            grid, ids_masked = span.grid, span.places
         # Window blocks need the bare grid: as published, they do without the cls token.
         prefix = prefix if self.config.decoder == "global" else 0
         if prefix:
@@ -501,13 +649,122 @@ class Decoder(nn.Module):
         *inner, last = self.blocks
         for block in inner:
             x = self.layer_drop(x, block(x, *self._context(block, grid, offsets)))
-        masked = mask.ids_masked + prefix  # nobody reads the other tokens after the last attention
+        masked = ids_masked + prefix  # nobody reads the other tokens after the last attention
         y = last(x, *self._context(last, grid, offsets), ids=masked)
         return self.norm(self.layer_drop(take(x, masked), y))
 
     @staticmethod
     def _context(block: Block, grid: Grid, offsets: Tensor) -> tuple:
         return (grid, offsets) if isinstance(block.attn, WindowAttention) else ()
+
+    def forward_packed(self, latent: Tensor, rows: Rows) -> Tensor:
+        """`forward` of packed rows: (total, D) with prefix -> (total, decoder width), the masked tokens."""
+        c = self.config
+        prefix, x = Rows.cut_prefix(self.embed(latent), rows.kept, c.prefix_tokens)
+        positions = self.positions.packed(rows.grids)
+        tokens = x.to(positions.dtype)[None]
+        tokens = unshuffle(tokens, rows.ids_keep, self.mask_token.flatten(), positions, impl=c.impl)[0]
+        num_prefix = c.prefix_tokens if c.decoder == "global" else 0
+        if num_prefix:
+            prefix_positions, _ = self.positions(rows.grids[-1])
+            tokens = Rows.add_prefix([p + prefix_positions for p in prefix], tokens, rows.tokens)
+        packed = Packed.of([num_prefix + n for n in rows.tokens], tokens.device)
+        x = self.input_norm(tokens)
+        offsets = self._offsets(rows.grids[-1])
+        for block in self.blocks:
+            window = isinstance(block.attn, WindowAttention)
+            x = self.layer_drop(x, block(x, rows.grids, offsets) if window else block(x, packed))
+        _, x = Rows.cut_prefix(x, rows.tokens, num_prefix)
+        return self.norm(x[rows.ids_masked[0]])
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """What a window decoder with `decode_ratio` below 1 decodes in a step: S tokens of each row.
+
+    Attributes:
+        grid: (time steps, bands) of the span.
+        ids: (R, S) int64, its tokens.
+        places: (R, M') which of these S to predict: the masked ones, ascending, and as many others as it takes to
+            have the same number in every row.
+        ids_masked: (R, M') int64 ids of the masked ones, then -1.
+    """
+
+    grid: Grid
+    ids: Tensor
+    places: Tensor
+    ids_masked: Tensor
+
+
+class CrossDecoder(nn.Module):
+    """CrossMAE's decoder (Fu et al. 2024, section 3): masked tokens read the encoder's output, and not each other.
+
+    A block is cross-attention and an MLP, without self-attention, so that any share of the masked tokens can be
+    decoded (`decode_ratio`) and the cost is M' x (P + K) instead of L x L. Each block reads a weighted sum of the
+    outputs of *all* encoder blocks (inter-block attention; weights learned, drawn with variance 1 / depth), through a
+    LayerNorm of its own: depth of the decoder times R * (P + K) * D values are stored for that.
+
+    Not the published Audio-MAE or MAE-AST: what is learned differs. The paper finds fine-tuned accuracy on images on a
+    par with that of self-attention; on spectrograms nobody has measured it.
+    """
+
+    def __init__(self, c: MAEConfig):
+        super().__init__()
+        self.config = c
+        width = c.decoder_width
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = Positions(c.positions, c.grid(), c.prefix_tokens, width)
+        self.input_norm = (
+            nn.Sequential(nn.LayerNorm(width, eps=c.norm_eps), nn.Dropout(c.dropout))
+            if c.norm == "post"
+            else nn.Identity()
+        )
+        depth = c.num_decoder_blocks
+        self.mix = nn.Parameter(torch.empty(depth, c.depth).normal_(std=c.depth**-0.5))
+        self.memory_norms = nn.ModuleList(nn.LayerNorm(c.width, eps=c.norm_eps) for _ in range(depth))
+        self.blocks = nn.ModuleList(self._block(c) for _ in range(depth))
+        self.layer_drop = LayerDrop(c.layer_drop)
+        self.norm = nn.LayerNorm(width, eps=c.norm_eps) if c.norm == "pre" else nn.Identity()
+
+    @staticmethod
+    def _block(c: MAEConfig) -> Block:
+        layer = CrossAttention(c.decoder_width, c.width, c.decoder_heads, c.attention_dropout)
+        dropout = nn.Dropout(c.dropout)
+        return Block(layer, c.decoder_width, c.mlp_ratio, c.norm, c.norm_eps, dropout, c.recompute)
+
+    def choose(self, mask: Mask) -> Mask:
+        """The mask with max(1, int(M * decode_ratio)) of each row's M masked tokens, uniformly drawn, ascending."""
+
+        def share(masked: int) -> int:
+            return min(masked, max(1, int(masked * self.config.decode_ratio)))
+
+        ids, ragged = mask.ids_masked, isinstance(mask, RaggedMask)
+        counts = [share(n) for n in mask.masked] if ragged else [share(ids.shape[1])] * ids.shape[0]
+        # -1 stands after a row's own: it is drawn last, and sorted last.
+        noise = torch.rand(ids.shape, device=ids.device).masked_fill(ids < 0, 2.0)
+        drawn = ids.gather(1, noise.argsort(dim=1))[:, : max(counts)]
+        if not ragged:
+            return Mask(mask.ids_keep, drawn.sort(dim=1).values, mask.num_tokens)
+        rows = [row[:n].sort().values for row, n in zip(drawn, counts, strict=True)]
+        return replace(mask, ids_masked=pad_sequence(rows, True, -1), masked=tuple(counts))
+
+    def forward(self, features: Sequence[Tensor], mask: Mask, grid: Grid) -> Tensor:
+        """Outputs of all encoder blocks (R, P + K, D) -> (R, M, decoder width) in the order of `mask.ids_masked`."""
+        _, positions = self.positions(grid)
+        return self._decode(features, F.embedding(mask.ids_masked, positions))
+
+    def forward_packed(self, features: Sequence[Tensor], rows: Rows) -> Tensor:
+        """`forward` of packed rows: (total, D) with prefix -> (total, decoder width)."""
+        queries = F.embedding(rows.ids_masked[0], self.positions.packed(rows.grids))
+        counts = (rows.masked, [self.config.prefix_tokens + n for n in rows.kept])
+        return self._decode(features, queries, counts)
+
+    def _decode(self, features: Sequence[Tensor], positions: Tensor, *counts) -> Tensor:
+        x = self.input_norm(self.mask_token.view(-1) + positions)
+        memories = torch.einsum("ij,j...->i...", self.mix, torch.stack(list(features)))
+        for block, norm, memory in zip(self.blocks, self.memory_norms, memories, strict=True):
+            x = self.layer_drop(x, block(x, norm(memory), *counts))
+        return self.norm(x)
 
 
 # -- models ------------------------------------------------------------------------------------------------
@@ -542,16 +799,63 @@ class SpectrogramModel(nn.Module, PretrainedMixin):
         frames: int | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
     ) -> Mask:
-        """A mask of the configured strategy and ratio for clips of so many frames (None: `config.frames`)."""
+        """A mask of the configured strategy and ratio for clips of so many frames (None: `config.frames`).
+
+        `masks_per_clip` rows for each of `batch` clips. With `lengths` and `pad="exclude"` a `RaggedMask`, in which
+        each clip keeps its share of its own tokens.
+        """
+        rows = getattr(self.config, "masks_per_clip", 1)
+        clips = self.clips(lengths)
+        if clips is not None and len(clips.frames) != batch:
+            raise ValueError(f"a mask for {batch} clips needs as many lengths, got {len(clips.frames)}")
+        if clips is None:
+            return self._draw_mask(batch * rows, self.config.grid(frames), generator, device)
+        grids = [grid for grid in clips.grids for _ in range(rows)]
+        return RaggedMask.drawn(grids, lambda n, grid: self._draw_mask(n, grid, generator, device))
+
+    def _draw_mask(self, rows: int, grid: Grid, generator, device) -> Mask:
         c = self.config
-        return Mask.draw(c.masking, batch, c.grid(frames), c.mask_ratio, generator, device)
+        return Mask.draw(c.masking, rows, grid, c.mask_ratio, generator, device)
+
+    def clips(self, lengths: Tensor | Sequence[int] | None) -> Clips | None:
+        """Where and how long the clips of a ragged batch are: `tokens` and `grids` of each.
+
+        None where `pad="attend"`, or without lengths: the batch is dense then.
+
+        Raises:
+            ValueError: `lengths` are on a device, and reading them would wait for it, or they are a tensor under
+                torch.compile.
+        """
+        if lengths is None or self.config.pad == "attend":
+            return None
+        if not isinstance(lengths, (list, tuple)):
+            lengths = torch.as_tensor(lengths)
+            if lengths.device.type != "cpu":
+                raise ValueError(
+                    f'lengths are on {lengths.device}, and with pad="exclude" the shapes depend on them: pass a list '
+                    "or a tensor on the CPU, so that nothing waits for the device"
+                )
+            if torch.compiler.is_compiling():
+                raise ValueError("under torch.compile lengths must be a list: shapes depend on them")
+            lengths = lengths.tolist()
+        return Clips.of(lengths, self.config, self.encoder.positions.max_steps)
+
+    def normalise(self, spectrogram: Tensor, clips: Clips | None) -> Tensor:
+        """What the encoder and the losses read: (B, T, F), or the long spectrogram of a ragged batch."""
+        if clips is None:
+            return self.spectrogram_norm(spectrogram)
+        joined = clips.join(spectrogram)
+        if self.config.input_norm == "none":
+            return joined
+        return self.spectrogram_norm(joined, clips.valid(spectrogram))
 
     def encode(
         self,
         spectrogram: Tensor,
         mask: Mask | None = None,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         layers: Sequence[int] | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Encoder output, of all tokens or of those that `mask` keeps.
@@ -559,27 +863,40 @@ class SpectrogramModel(nn.Module, PretrainedMixin):
         Args:
             spectrogram: (B, T, F) or (B, 1, T, F) normalised log-mel.
             mask: R = B * m rows, row i belonging to clip i // m; None encodes every token.
-            lengths: (B,) valid frames. Zeros after a clip's end are attended, as published, so they change
-                nothing here.
+            lengths: (B,) valid frames, integers. With `pad="attend"` what follows a clip's end is attended, as
+                published, and they change nothing. With `pad="exclude"` it is never read: a clip is filled up with
+                zeros to whole patches, all clips are packed without padding, and each gives what it gives alone.
+                (`input_norm` with the statistics of the batch depends on the batch; it counts valid frames only.)
+                They must be on the host then; under torch.compile a list, with dynamic=False, since another set of
+                lengths is another graph. Attention costs a call for each clip where the backend has none for packed
+                clips, attention in windows one for each run of clips of equal length.
             layers: block numbers from 1; then the outputs of these blocks are returned, in ascending order.
 
         Returns:
             (R, P + K, D) after the final norm, prefix tokens first; with `layers` a tuple of such tensors,
-            before the final norm.
+            before the final norm. Of a ragged batch K is that of the row with most, and zeros follow the P +
+            `mask.kept[i]` tokens of row i; without a mask these are P + `model.clips(lengths).tokens[i]`.
 
         Raises:
-            ValueError: the input, the mask or a layer number does not fit the model.
+            ValueError: the input, the lengths, the mask or a layer number does not fit the model.
         """
         spectrogram = check_spectrogram(spectrogram, lengths, self.encoder)
+        clips = self.clips(lengths)
         if mask is not None:
-            check_mask(mask, spectrogram, self.config)
+            check_mask(mask, spectrogram, self.config, clips)
         numbers = range(1, self.config.depth + 1)
         if layers is not None and not (isinstance(layers, Sequence) and set(layers) <= set(numbers)):
             raise ValueError(
                 f"layers must be a sequence of block numbers from 1 to {self.config.depth}, got {layers!r}"
             )
-        ids_keep = None if mask is None else mask.ids_keep
-        return self.encoder(self.spectrogram_norm(spectrogram), ids_keep, layers)
+        spectrogram = self.normalise(spectrogram, clips)
+        if clips is None:
+            return self.encoder(spectrogram, None if mask is None else mask.ids_keep, layers)
+        seen = RaggedMask.everything(clips.tokens, spectrogram.device) if mask is None else as_ragged(mask)
+        rows = Rows(clips, seen)
+        x = self.encoder.forward_packed(spectrogram, rows, mask is not None, layers)
+        counts = [self.num_prefix_tokens + n for n in rows.kept]
+        return rows.unpack(x, counts) if layers is None else tuple(rows.unpack(y, counts) for y in x)
 
 
 class MaskedAutoencoder(SpectrogramModel):
@@ -593,7 +910,7 @@ class MaskedAutoencoder(SpectrogramModel):
     def __init__(self, config: MAEConfig):
         super().__init__(config)
         if config.decoder != "none":
-            self.decoder = Decoder(config)
+            self.decoder = CrossDecoder(config) if config.decoder == "cross" else Decoder(config)
             if config.reconstruction_weight:
                 require(config.impl, "masked_mse")
                 self.reconstruction_head = nn.Linear(config.decoder_width, config.patch_values)
@@ -619,59 +936,130 @@ class MaskedAutoencoder(SpectrogramModel):
             else:
                 nn.init.uniform_(self.decoder.mask_token)
 
-    def forward(self, spectrogram: Tensor, mask: Mask | None = None, lengths: Tensor | None = None) -> Output:
+    def forward(
+        self,
+        spectrogram: Tensor,
+        mask: Mask | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> Output:
         """Training loss of a batch.
 
         Args:
             spectrogram: (B, T, F) or (B, 1, T, F) normalised log-mel. Takes no gradient.
             mask: R = B * m rows, row i belonging to clip i // m; None draws one (`draw_mask`).
-            lengths: see `encode`.
+            lengths: see `encode`. Of a ragged batch, losses are means over all masked tokens of the batch, so that a
+                long clip weighs more than a short one; InfoNCE contrasts the tokens of a row with each other only.
 
         Returns:
             `Output` with `loss` (scalar, fp32), `losses` (its parts, unweighted: "reconstruction",
             "info_nce"), `pred` (R, M, V) for the masked tokens in the order of `mask.ids_masked`, `mask`, and
-            `pred_info_nce` (R, M, V) where there is that loss.
+            `pred_info_nce` (R, M, V) where there is that loss. Where `mask.ids_masked` of a ragged batch holds -1,
+            predictions are 0. With `decode_ratio` below 1 there is `ids_decoded` (R, M') too: predictions and losses
+            are those of these tokens, and 0 where it holds -1.
 
         Raises:
-            ValueError: the input or the mask does not fit the model.
+            ValueError: the input, the lengths or the mask does not fit the model.
         """
-        if self.config.decoder == "none":
+        c = self.config
+        if c.decoder == "none":
             raise ValueError(
                 "this model is an encoder without a decoder: use encode(), or create one with a decoder"
             )
         spectrogram = check_spectrogram(spectrogram, lengths, self.encoder)
+        clips = self.clips(lengths)
+        batch, frames, _ = spectrogram.shape
         if mask is None:
-            mask = self.draw_mask(spectrogram.shape[0], spectrogram.shape[1], device=spectrogram.device)
-        check_mask(mask, spectrogram, self.config)
-        spectrogram = self.spectrogram_norm(spectrogram)
-        latent = self.encoder(spectrogram, mask.ids_keep)
-        hidden = self.decoder(latent, mask, self.config.grid(spectrogram.shape[1]))
-        return self.forward_loss(spectrogram, hidden, mask)
+            mask = self.draw_mask(batch, frames, device=spectrogram.device, lengths=lengths)
+        check_mask(mask, spectrogram, c, clips)
+        spectrogram = self.normalise(spectrogram, clips)
+        layers = range(1, c.depth + 1) if c.decoder == "cross" else None
+        decoded = mask  # masks what is decoded, if that is not all
+        if c.decoder == "cross" and c.decode_ratio < 1.0:
+            decoded = self.decoder.choose(mask)
+        if clips is None:
+            rows, grid = None, c.grid(frames)
+            latent = self._features(self.encoder(spectrogram, mask.ids_keep, layers))
+            if c.decoder == "window" and c.decode_ratio < 1.0:
+                span = self.decoder.draw_span(mask, grid)
+                decoded = replace(mask, ids_masked=span.ids_masked)
+                hidden = self.decoder(latent, mask, grid, span)
+            else:
+                hidden = self.decoder(latent, decoded, grid)
+        else:
+            rows = Rows(clips, as_ragged(decoded))
+            latent = self._features(self.encoder.forward_packed(spectrogram, rows, layers=layers))
+            hidden = self.decoder.forward_packed(latent, rows)[None]
+        out = self.forward_loss(spectrogram, hidden, decoded, rows)
+        if decoded is not mask:
+            out["mask"], out["ids_decoded"] = mask, decoded.ids_masked
+        return out
 
-    def forward_loss(self, spectrogram: Tensor, hidden: Tensor, mask: Mask) -> Output:
-        """Losses from the decoded masked tokens (R, M, decoder width); see `forward`."""
+    def _features(self, encoded: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        """What the decoder reads; of the layers that a cross decoder takes, the last one is normalised."""
+        return encoded if isinstance(encoded, Tensor) else (*encoded[:-1], self.encoder.norm(encoded[-1]))
+
+    def forward_loss(
+        self, spectrogram: Tensor, hidden: Tensor, mask: Mask, rows: Rows | None = None
+    ) -> Output:
+        """Losses from the decoded masked tokens (R, M, decoder width), (1, total, decoder width) if packed."""
         c = self.config
         patches = {"patch": c.patch, "stride": c.stride, "impl": c.impl}
+        ids = mask.ids_masked if rows is None else rows.patches_masked
+        windows = c.decoder == "window" and c.decode_ratio < 1.0
         pred = pred_info_nce = None
         loss, losses = 0.0, {}
         if c.reconstruction_weight:
             pred = self.reconstruction_head(hidden)
-            losses["reconstruction"] = masked_mse(
-                pred, spectrogram, mask.ids_masked, normalize=c.normalize_target, **patches
-            )
+            if windows:
+                pred = pred.masked_fill((ids < 0)[:, :, None], 0.0)
+            mse = some_masked_mse if windows else masked_mse
+            losses["reconstruction"] = mse(pred, spectrogram, ids, normalize=c.normalize_target, **patches)
             loss = loss + c.reconstruction_weight * losses["reconstruction"]
         if c.info_nce_weight:
             pred_info_nce = self.info_nce_head(hidden)
-            target = patch_gather(spectrogram, mask.ids_masked, **patches)
-            losses["info_nce"] = info_nce(pred_info_nce, target, over="target", impl=c.impl)
+            target = patch_gather(spectrogram, ids, **patches)
+            losses["info_nce"] = contrast(pred_info_nce, target, "target", c.impl, rows)
             loss = loss + c.info_nce_weight * losses["info_nce"]
+        if rows is not None:
+            pred, pred_info_nce = rows.unpack_masked(pred), rows.unpack_masked(pred_info_nce)
         out = Output(loss=loss, losses=losses, pred=pred, mask=mask)
         if pred_info_nce is not None:
             out["pred_info_nce"] = pred_info_nce
         return out
 
 
-def check_spectrogram(spectrogram: Tensor, lengths: Tensor | None, encoder: Encoder) -> Tensor:
+def contrast(pred: Tensor, target: Tensor, over: str, impl: str | None, rows: Rows | None) -> Tensor:
+    """`info_nce` of (R, M, V), or of packed rows (1, total, V), each among its own tokens."""
+    if rows is None:
+        return info_nce(pred, target, over=over, impl=impl)
+    return ragged_info_nce(pred[0], target[0], rows.masked, over, impl)
+
+
+def some_masked_mse(
+    pred: Tensor,
+    spectrogram: Tensor,
+    ids: Tensor,
+    *,
+    patch: Grid,
+    stride: Grid | None,
+    normalize: bool,
+    impl: str | None,
+) -> Tensor:
+    """`masked_mse` of the tokens whose id is not -1. Stores their targets (R, M, V), which the op does not."""
+    counts = ids >= 0
+    target = patch_gather(spectrogram, ids.clamp(min=0), patch=patch, stride=stride, impl=impl)
+    target = target.to(torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32))
+    if normalize:
+        target = target - target.mean(dim=-1, keepdim=True)
+        var = target.square().sum(dim=-1, keepdim=True) / (target.shape[-1] - 1)
+        target = target / (var + 1e-6).sqrt()
+    error = (pred - target).masked_fill(~counts[:, :, None], 0.0)
+    return error.square().sum() / (counts.sum() * target.shape[-1]).clamp(min=1)
+
+
+def check_spectrogram(
+    spectrogram: Tensor, lengths: Tensor | Sequence[int] | None, encoder: Encoder
+) -> Tensor:
     """The spectrogram as (B, T, F), if the encoder can take it; a ValueError that says why not otherwise."""
     c = encoder.config
     if not isinstance(spectrogram, Tensor):
@@ -692,7 +1080,8 @@ def check_spectrogram(spectrogram: Tensor, lengths: Tensor | None, encoder: Enco
         raise ValueError(
             f"the model takes {c.mel_bins} mel bins in the last dimension, got a spectrogram of shape {shape}"
         )
-    if frames < c.patch[0]:
+    filled = lengths is not None and c.pad == "exclude"
+    if frames < (1 if filled else c.patch[0]):
         raise ValueError(f"a clip needs at least {c.patch[0]} frames (one patch), got {frames}")
     grid, limit = c.grid(frames), encoder.positions.max_steps
     if (limit is not None and grid[0] > limit) or grid[0] * grid[1] > MAX_FLAT_TOKENS:
@@ -702,37 +1091,59 @@ def check_spectrogram(spectrogram: Tensor, lengths: Tensor | None, encoder: Enco
             "cut the clip, or create the model with a larger frames="
         )
     if lengths is not None:
-        given = torch.as_tensor(lengths)
-        if given.shape != (batch,) or given.is_floating_point():
-            raise ValueError(
-                f"lengths must hold one integer for each of {batch} clips, got {given.dtype} {tuple(given.shape)}"
-            )
-        # On a GPU a look at the values would wait for the device.
-        looks = given.device.type == "cpu" and not torch.compiler.is_compiling()
-        if looks and not ((given >= 1) & (given <= frames)).all():
-            raise ValueError(
-                f"lengths must lie between 1 and the {frames} frames given, got {given.tolist()}"
-            )
+        check_lengths(lengths, batch, frames)
     return spectrogram
 
 
-def check_mask(mask: Mask, spectrogram: Tensor, c: EncoderConfig) -> None:
-    """Refuses what is no mask, and a mask of another grid, batch or device."""
+def check_lengths(lengths: Tensor | Sequence[int], batch: int, frames: int) -> None:
+    """Refuses what is not one number of valid frames for each clip."""
+    if not isinstance(lengths, (list, tuple)):
+        lengths = torch.as_tensor(lengths)
+        fits = lengths.shape == (batch,) and not lengths.is_floating_point()
+        # On a GPU a look at the values would wait for the device.
+        looks = lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+        given = f"{lengths.dtype} {tuple(lengths.shape)}"
+        values = lengths.tolist() if fits and looks else []
+    else:
+        values, given = lengths, lengths
+        fits = len(values) == batch and all(isinstance(n, int) for n in values)
+    if not fits:
+        raise ValueError(f"lengths must hold one integer for each of {batch} clips, got {given}")
+    if not all(1 <= n <= frames for n in values):
+        raise ValueError(f"lengths must lie between 1 and the {frames} frames given, got {values}")
+
+
+def check_mask(mask: Mask, spectrogram: Tensor, c: EncoderConfig, clips: Clips | None = None) -> None:
+    """Refuses what is no mask, and a mask of other grids, another batch or device."""
     if not isinstance(mask, Mask):
         raise TypeError(
             f"the mask must be an audiomae.Mask, got {type(mask).__name__}: make one with Mask.from_keep(ids_keep, "
             "num_tokens)"
         )
-    grid, rows = c.grid(spectrogram.shape[1]), mask.ids_keep.shape[0]
-    if mask.num_tokens != grid[0] * grid[1]:
-        raise ValueError(
-            f"the mask is for {mask.num_tokens} tokens, but clips of {spectrogram.shape[1]} frames have "
-            f"{grid[0]} x {grid[1]} = {grid[0] * grid[1]}"
-        )
-    if rows == 0 or rows % spectrogram.shape[0]:
-        raise ValueError(
-            f"the mask has {rows} rows, which is no multiple of the batch of {spectrogram.shape[0]} clips"
-        )
+    batch, rows = spectrogram.shape[0], mask.ids_keep.shape[0]
+    if clips is None:
+        grid = c.grid(spectrogram.shape[1])
+        if isinstance(mask, RaggedMask):
+            raise ValueError(
+                "the mask is for clips of different lengths, which takes lengths=... and a model with "
+                'pad="exclude"'
+            )
+        if mask.num_tokens != grid[0] * grid[1]:
+            raise ValueError(
+                f"the mask is for {mask.num_tokens} tokens, but clips of {spectrogram.shape[1]} frames have "
+                f"{grid[0]} x {grid[1]} = {grid[0] * grid[1]}"
+            )
+    if rows == 0 or rows % batch:
+        raise ValueError(f"the mask has {rows} rows, which is no multiple of the batch of {batch} clips")
+    if clips is not None:
+        wanted = tuple(n for n in clips.tokens for _ in range(rows // batch))
+        given = as_ragged(mask).tokens
+        if given != wanted:
+            raise ValueError(
+                f"the mask is for clips of {list(given)} tokens, but clips of {list(clips.frames)} frames have "
+                f'{list(wanted)} with pad="exclude": draw it with model.draw_mask(batch, lengths=...), or make it '
+                "with Mask.from_keep(ids_keep of each row, tokens of each row)"
+            )
     if mask.ids_keep.device != spectrogram.device:
         raise ValueError(
             f"the mask is on {mask.ids_keep.device}, the spectrogram on {spectrogram.device}: "

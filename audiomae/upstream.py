@@ -183,6 +183,11 @@ def upstream_rules(config: Config) -> list[Rule]:
     Raises:
         ValueError: upstream has no model of this kind.
     """
+    if isinstance(config, MAEConfig) and config.decoder == "cross":
+        raise ValueError(
+            f'there is no published form of a {config.family} with decoder="cross", an option of this project: '
+            "model.save_pretrained keeps it"
+        )
     if config.family == "audiomae":
         return list(_audiomae_rules(config))
     if isinstance(config, SSASTConfig):
@@ -526,6 +531,11 @@ def to_upstream(model: SpectrogramModel) -> State:
     Raises:
         ValueError: there is no published form of this model.
     """
+    if getattr(model.config, "decode_ratio", 1.0) < 1.0:
+        raise ValueError(
+            f"this model was trained with decode_ratio={model.config.decode_ratio}, which is not how the published one "
+            "learns: model.save_pretrained keeps it"
+        )
     ours = model.state_dict()
     kind = model.config.family if model.upstream is None else model.upstream.kind
     _check_covered(upstream_rules(model.config), ours, kind)

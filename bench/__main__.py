@@ -42,6 +42,22 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return rate
+
+
 def _common(level: argparse.ArgumentParser, quick: str, full: str, rounds: str) -> None:
     preset = level.add_mutually_exclusive_group()
     preset.add_argument("--quick", action="store_true", help=quick)
@@ -173,6 +189,28 @@ def _parser() -> argparse.ArgumentParser:
         help=f"clips; default: {_listed(run.QUICK_BATCHES)}, with --full {_listed(run.FULL_BATCHES)}",
     )
     _out(kernels, latest / "kernels", "measurements.csv, report.md and kernels.png")
+
+    data = levels.add_parser(
+        "data", help="decoding, resampling and batching, and how many workers feed a rate"
+    )
+    data.set_defaults(run=_data, parser=data)
+    _common(data, "seven rounds (default)", "21 rounds", "7, with --full 21")
+    data.add_argument(
+        "--source", metavar="SOURCE", help="recordings of your own; default: made from the package's"
+    )
+    rate = data.add_mutually_exclusive_group()
+    rate.add_argument(
+        "--clips-per-second", type=_rate, metavar="RATE", help="training rate that the workers have to feed"
+    )
+    rate.add_argument(
+        "--measured",
+        type=Path,
+        metavar="CSV",
+        help="take the rate of the fastest row of a `models` run's CSV",
+    )
+    data.add_argument("--workers", type=_count, nargs="+", metavar="N", help="default: 0, 1, 2 and all cores")
+    data.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="clips; default: 8")
+    _out(data, latest / "data", "measurements.csv and report.md")
     return parser
 
 
@@ -255,6 +293,27 @@ def _kernels(arguments, started: float) -> None:
         device=arguments.device,
     )
     run.run(options, started)
+
+
+def _data(arguments, started: float) -> None:
+    from . import pipeline
+    from .timing import ProviderError
+
+    options = pipeline.Options(
+        out=arguments.out,
+        source=arguments.source,
+        clips_per_second=arguments.clips_per_second,
+        measured=arguments.measured,
+        workers=arguments.workers,
+        batch=arguments.batch_size,
+        full=arguments.full,
+        rounds=arguments.rounds,
+        device=arguments.device,
+    )
+    try:
+        pipeline.run(options, started)
+    except (OSError, ValueError, ProviderError) as error:
+        arguments.parser.exit(1, f"bench: {error}\n")
 
 
 def main(argv: list[str] | None = None, started: float = _STARTED) -> int:

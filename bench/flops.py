@@ -105,7 +105,8 @@ def cost(config, kept: int, frames: int, least: bool = False) -> Cost:
     """The forward pass of one clip, with its losses' predictions.
 
     Args:
-        config: an `MAEConfig` with a decoder, or an `SSASTConfig`.
+        config: an `MAEConfig` with a decoder, or an `SSASTConfig`. Of `decode_ratio` a cross decoder alone: how many
+            masked tokens a share of the windows holds depends on the mask.
         kept: visible tokens.
         frames: of the clip.
         least: leave out what nobody reads: the visible tokens after the last attention of a decoder. The published
@@ -130,10 +131,14 @@ def cost(config, kept: int, frames: int, least: bool = False) -> Cost:
             }
         )
     prefix = config.prefix_tokens
+    if config.decoder == "window" and config.decode_ratio < 1.0:
+        raise ValueError("the cost model knows no share of the windows: decode_ratio must be 1.0.")
+    if config.decoder == "cross":
+        masked = min(masked, max(1, int(masked * config.decode_ratio)))
     parts = {
         "embed": linear(kept, values, width),
         "encoder": transformer(kept + prefix, width, config.depth, mlp_ratio=config.mlp_ratio),
-        "decoder": _decoder(config, tokens, kept, masked if least else None),
+        "decoder": _decoder(config, tokens, kept, masked, masked if least else None),
         "heads": linear(masked, config.decoder_width, values, 2 if config.info_nce_weight > 0 else 1),
     }
     # The cross decoder's blocks read the encoder's output through projections of their own.
@@ -142,7 +147,7 @@ def cost(config, kept: int, frames: int, least: bool = False) -> Cost:
     return Cost(parts)
 
 
-def _decoder(config, tokens: int, kept: int, last: int | None) -> Part:
+def _decoder(config, tokens: int, kept: int, masked: int, last: int | None) -> Part:
     width, depth, prefix = config.decoder_width, config.num_decoder_blocks, config.prefix_tokens
     window = config.window[0] * config.window[1]
     ratio = config.mlp_ratio
@@ -155,7 +160,6 @@ def _decoder(config, tokens: int, kept: int, last: int | None) -> Part:
         wide = transformer(tokens, width, config.global_blocks, None, ratio, last)
         return Part(local.linears + wide.linears, local.attention + wide.attention)
     if config.decoder == "cross":
-        masked = tokens - kept
         return cross_attention(masked, kept + prefix, width, config.width, depth, config.depth, ratio)
     raise ValueError(f"the cost model knows no decoder {config.decoder!r}.")
 

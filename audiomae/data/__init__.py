@@ -1,5 +1,30 @@
-"""Audio files and datasets."""
+"""Recordings: sources of clips, crops and augmentation, batches, shards."""
 
-from audiomae.data.audio import AudioError, decode, load_audio, load_batch, recordings
+from audiomae.data.audio import AudioError, decode, load_audio, load_batch, load_crop, recordings
+from audiomae.data.augment import Augment, spectrogram_noise
+from audiomae.data.dataset import Batch, ClipDataset, FailureLog, Sample, collate, make_loader
+from audiomae.data.pack import prepare
+from audiomae.data.sampler import ClipSampler
+from audiomae.data.sources import Clip, Source, open_source
 
-__all__ = ["AudioError", "decode", "load_audio", "load_batch", "recordings"]
+__all__ = [
+    "AudioError",
+    "Augment",
+    "Batch",
+    "Clip",
+    "ClipDataset",
+    "ClipSampler",
+    "FailureLog",
+    "Sample",
+    "Source",
+    "collate",
+    "decode",
+    "load_audio",
+    "load_batch",
+    "load_crop",
+    "make_loader",
+    "open_source",
+    "prepare",
+    "recordings",
+    "spectrogram_noise",
+]

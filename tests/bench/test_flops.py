@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import audiomae
 from audiomae import Mask
 from audiomae.config import DECODERS, model_config
 from audiomae.pretrained import build as build_model
@@ -34,6 +35,24 @@ def test_kept_tokens_are_the_published_ones():
     }
     assert kept == {"audiomae_base": 102, "mae_ast_patch_base": 128}
     assert Case("ssast_patch_base", "plain", "fp32", 1).kept == 112
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.25])
+def test_cross_decoder_against_a_count_of_what_runs(ratio):
+    sizes = {"width": 64, "heads": 2, "depth": 3, "decoder_width": 32, "decoder_heads": 2, "decoder_depth": 2}
+    model = audiomae.create_model(
+        "audiomae_base", **sizes, decoder="cross", decode_ratio=ratio, frames=128, impl="reference"
+    )
+    mask = model.draw_mask(1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(torch.randn(1, 128, 128), mask)
+    expected = cost(model.config, mask.ids_keep.shape[1], 128)
+    assert counter.get_total_flops() == pytest.approx(expected.flops, rel=1e-9)
+
+
+def test_a_share_of_the_windows_has_no_cost_model():
+    with pytest.raises(ValueError, match="the cost model knows no share of the windows"):
+        cost(model_config("audiomae_base", decode_ratio=0.5), 102, 1024)
 
 
 def test_against_a_count_of_what_runs():

@@ -1,0 +1,171 @@
+"""Which clips an epoch has, in which order, on which rank."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from audiomae.data.sources import Source
+
+__all__ = ["ClipSampler"]
+
+
+class ClipSampler(Sampler[list[tuple[int, int]]]):
+    """A batch sampler of keys (pass, index) for :class:`ClipDataset`: each clip goes to one rank per epoch.
+
+    An epoch is cut into global batches of ``batch_size * world_size`` clips, and rank r takes rows
+    ``r * batch_size`` to ``(r + 1) * batch_size`` of each: what all ranks see together is what one process
+    would see with the joined batch, and a run can go on with another number of ranks.
+
+    Where the workers prefetch, what was drawn is not what was trained on. So iterating changes nothing: it goes
+    from `position` to the end of `epoch`, as both are when it starts. The training loop calls :meth:`advance`
+    after each batch; after the epoch's last it sets `epoch` to the next and `position` to 0. Without it every
+    iteration is the same epoch again, which is what validation wants.
+
+    Args:
+        sources: of the :class:`ClipDataset`, in its order; `index` counts through all of them.
+        batch_size: clips per batch and rank.
+        weights: how many times an epoch goes over each source; default: once. With 2 a source is gone over
+            twice (in crops drawn anew); with 0.5 half of it, and the other half in the next epoch.
+        seed: of the order.
+        rank, world_size: of this process.
+        drop_last: leave out what fills no global batch, other clips in each epoch. If False, that rest is dealt
+            out evenly: batches whose sizes differ by at most one. Where it is less than one clip per rank, it
+            joins the batch before it. Every rank has the same number of batches in either case, none empty.
+        shuffle: if False, clips come in the order of the sources.
+
+    Raises:
+        ValueError: a setting out of range, or an epoch in which some rank would have no batch.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        batch_size: int,
+        weights: Sequence[float] | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+        shuffle: bool = True,
+    ):
+        if not sources:
+            raise ValueError("sources is empty, but at least one was expected")
+        if batch_size < 1 or world_size < 1 or seed < 0:
+            raise ValueError(
+                f"batch_size is {batch_size}, world_size {world_size} and seed {seed}; expected positive numbers, "
+                "and a seed of at least 0"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}, but 0 to {world_size - 1} were expected")
+        weights = [1.0] * len(sources) if weights is None else [float(weight) for weight in weights]
+        if len(weights) != len(sources) or not all(0 < weight < float("inf") for weight in weights):
+            raise ValueError(
+                f"weights are {weights}; expected a positive number for each of {len(sources)} sources"
+            )
+        self.sizes = [len(source) for source in sources]
+        self.weights = weights
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.seed, self.drop_last, self.shuffle = seed, drop_last, shuffle
+        self.epoch = self.position = 0
+        # Of each source per epoch: the same in every epoch, so that all have the same number of batches.
+        self._counts = [
+            max(1, round(size * weight)) for size, weight in zip(self.sizes, weights, strict=True)
+        ]
+        self._clips = sum(self._counts)
+        self._whole, self._rest = divmod(self._clips, batch_size * world_size)
+        if self._clips < world_size:
+            raise ValueError(
+                f"an epoch has {self._clips} clips for {world_size} ranks; expected at least one each. Start fewer "
+                "processes, or give more data"
+            )
+        if drop_last and not self._whole:
+            raise ValueError(
+                f"an epoch of {self._clips} clips does not fill one batch of {batch_size} on {world_size} ranks; "
+                "lower the batch size, or keep the rest (drop_last=False)"
+            )
+
+    def __len__(self) -> int:
+        """Batches per epoch, the same on every rank."""
+        return self._whole + (not self.drop_last and self._rest >= self.world_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        keys = self._order(self.epoch)
+        for number in range(self.position, len(self)):
+            yield [(int(turn), int(index)) for turn, index in self._batch(keys, number)]
+
+    def advance(self) -> None:
+        """Count a batch as trained on."""
+        self.position += 1
+        if self.position == len(self):
+            self.epoch, self.position = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training is, and what that place depends on; JSON-able."""
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "global_batch": self.batch_size * self.world_size,
+            "sizes": self.sizes,
+            "weights": self.weights,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "drop_last": self.drop_last,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken; the number of ranks may differ.
+
+        Raises:
+            ValueError: the data, the order or the global batch are not those of `state`.
+        """
+        own = self.state_dict()
+        if missing := sorted(own.keys() - state.keys()):
+            raise ValueError(f"the sampler's state lacks {', '.join(missing)}")
+        for name, value in own.items():
+            if name not in ("epoch", "position", "global_batch") and state[name] != value:
+                raise ValueError(
+                    f"the sampler's state was taken with {name} = {state[name]}, but it is {value} now: the order of "
+                    "the clips would be another. Resume with the same data and settings, or start a new run"
+                )
+        position, rest = divmod(state["position"] * state["global_batch"], own["global_batch"])
+        if rest or not 0 <= position < len(self) or state["epoch"] < 0:
+            raise ValueError(
+                f"the sampler's state is {state['position']} batches of {state['global_batch']} clips (all ranks "
+                f"together) into epoch {state['epoch']}, which is not a whole number of batches of "
+                f"{own['global_batch']} in an epoch of {len(self)}; resume with the same global batch"
+            )
+        self.epoch, self.position = state["epoch"], position
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """(clips, 2) int64: the keys of an epoch on all ranks.
+
+        Each source is an endless row of passes over it, and an epoch the next `count` clips of that row. The
+        first half of a key is the number of the pass, so that no key ever comes twice.
+        """
+        parts, offset = [], 0
+        for number, (size, count) in enumerate(zip(self.sizes, self._counts, strict=True)):
+            places = np.arange(epoch * count, (epoch + 1) * count)
+            turns = places // size
+            indices = places % size
+            if self.shuffle:
+                for turn in np.unique(turns):
+                    order = np.random.default_rng((self.seed, 1, number, turn)).permutation(size)
+                    indices[turns == turn] = order[indices[turns == turn]]
+            parts.append(np.stack((turns, offset + indices), axis=1))
+            offset += size
+        keys = np.concatenate(parts)
+        if self.shuffle:
+            np.random.default_rng((self.seed, 2, epoch)).shuffle(keys)
+        return keys
+
+    def _batch(self, keys: np.ndarray, number: int) -> np.ndarray:
+        size, ranks = self.batch_size, self.world_size
+        first = number * size * ranks
+        batch = keys[first + self.rank * size : first + (self.rank + 1) * size]
+        if self.drop_last or number + 1 < len(self) or not self._rest:
+            return batch
+        rest = np.array_split(keys[self._whole * size * ranks :], ranks)[self.rank]
+        return rest if number == self._whole else np.concatenate((batch, rest))
