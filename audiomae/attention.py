@@ -1,4 +1,4 @@
-"""Scaled dot-product attention over dense or packed tokens: PyTorch's, flash-attn's or xformers'.
+"""Scaled dot-product attention over dense or packed tokens: our own, PyTorch's, flash-attn's or xformers'.
 
 Shapes: B clips of L tokens each in a dense batch, H heads, d channels of a head. A packed batch holds clips of
 different lengths one after the other, `total` tokens without padding; `Packed` says where each one ends.
@@ -12,6 +12,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+import audiomae_kernels as ak
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,83 +63,102 @@ class Packed:
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     *,
     packed: Packed | None = None,
     dropout: float = 0.0,
-    backend: str = "sdpa",
+    backend: str | None = None,
 ) -> Tensor:
     """softmax(q kᵀ / √d) v for each clip and head.
 
     Args:
-        q, k, v: (B, L, H, d), or (total, H, d) with `packed`. Float, in a dtype that the backend serves.
+        qkv: (B, L, 3, H, d), or (total, 3, H, d) with `packed`. Float, in a dtype that the backend serves.
         packed: where the clips of a packed batch lie; a token attends to its own clip only.
         dropout: rate at which attention weights are dropped.
-        backend: one of `BACKENDS`.
+        backend: one of `BACKENDS`; None: the best there is, see `best_backend`.
 
     Returns:
-        Shape and dtype of q.
+        (B, L, H * d) or (total, H * d) in the dtype of qkv.
 
     Raises:
         ValueError: there is no such backend, or the shapes do not fit.
         RuntimeError: the backend cannot run here, or not on this device, dtype or head dimension.
     """
-    require_backend(backend, q.device, q.dtype, q.shape[-1])
+    if backend is None:
+        backend = "sdpa" if torch.compiler.is_exporting() else best_backend(qkv.device, qkv.dtype)
+    require_backend(backend, qkv.device, qkv.dtype, qkv.shape[-1])
     chosen = BACKENDS[backend]
     if packed is None:
-        if q.ndim != 4:
-            raise ValueError(f"without packed=, q must be (B, L, H, d), got {tuple(q.shape)}")
-        return chosen.dense(q, k, v, dropout)
+        if qkv.ndim != 5:
+            raise ValueError(f"without packed=, qkv must be (B, L, 3, H, d), got {tuple(qkv.shape)}")
+        return chosen.dense(qkv, dropout).flatten(-2)
     total = sum(packed.lengths)
-    if q.ndim != 3 or not q.shape[0] == k.shape[0] == v.shape[0] == total:
+    if qkv.ndim != 4 or qkv.shape[0] != total:
         raise ValueError(
-            f"q, k and v must be ({total}, H, d) for packed clips of {total} tokens in all, "
-            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+            f"qkv must be ({total}, 3, H, d) for packed clips of {total} tokens in all, got {tuple(qkv.shape)}"
         )
-    if packed.cu_seqlens.device != q.device:
+    if packed.cu_seqlens.device != qkv.device:
         raise ValueError(
-            f"packed is on {packed.cu_seqlens.device}, the tokens on {q.device}: "
+            f"packed is on {packed.cu_seqlens.device}, the tokens on {qkv.device}: "
             "make it with Packed.of(lengths, device)"
         )
     if len(set(packed.lengths)) == 1:  # a dense batch after all
-        dense = (x.unflatten(0, (len(packed.lengths), -1)) for x in (q, k, v))
-        return chosen.dense(*dense, dropout).flatten(0, 1)
-    return chosen.packed(q, k, v, packed, dropout)
+        return chosen.dense(qkv.unflatten(0, (len(packed.lengths), -1)), dropout).flatten(0, 1).flatten(-2)
+    return chosen.packed(qkv, packed, dropout).flatten(-2)
+
+
+# Under torch.compile the answer is a constant of the graph.
+@torch.compiler.assume_constant_result
+def best_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """ "native" on a CPU where our own kernel serves the dtype, else "sdpa"."""
+    return "sdpa" if _native_why_not(device, dtype) else "native"
 
 
 # -- backends ------------------------------------------------------------------------------------------------
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    q, k, v = q.transpose(-3, -2), k.transpose(-3, -2), v.transpose(-3, -2)  # each (..., H, L, d)
+def _native(qkv: Tensor, dropout: float) -> Tensor:
+    return ak.attention(qkv, dropout=dropout, impl="native").unflatten(-1, qkv.shape[-2:])
+
+
+def _native_packed(qkv: Tensor, packed: Packed, dropout: float) -> Tensor:
+    out = ak.attention(qkv, cu_seqlens=packed.cu_seqlens, dropout=dropout, impl="native")
+    return out.unflatten(-1, qkv.shape[-2:])
+
+
+def _native_why_not(device: torch.device | None, dtype: torch.dtype | None) -> str:
+    served = ak.implementations("attention", device or "cpu", dtype or torch.float32)
+    return next(line.reason for line in served if line.name == "native")
+
+
+def _sdpa(qkv: Tensor, dropout: float) -> Tensor:
+    q, k, v = qkv.transpose(-4, -2).unbind(-3)  # each (..., H, L, d)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(-3, -2)
 
 
-def _sdpa_packed(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: float) -> Tensor:
-    if _varlen_serves(q, dropout):
+def _sdpa_packed(qkv: Tensor, packed: Packed, dropout: float) -> Tensor:
+    if _varlen_serves(qkv, dropout):
         from torch.nn.attention.varlen import varlen_attn
 
         ends, longest = packed.cu_seqlens, max(packed.lengths)
-        return varlen_attn(q, k, v, ends, ends, longest, longest)
+        return varlen_attn(*qkv.unbind(-3), ends, ends, longest, longest)
     # Clip by clip: nothing padded is computed, no mask keeps SDPA from its fused kernels, and a clip gives what
     # it gives alone. Nested tensors would be one call, but initialise CUDA even for tensors on the CPU.
-    clips = zip(*(x[None].split(packed.lengths, dim=1) for x in (q, k, v)), strict=True)
-    return torch.cat([_sdpa(*clip, dropout) for clip in clips], dim=1)[0]
+    clips = qkv[None].split(packed.lengths, dim=1)
+    return torch.cat([_sdpa(clip, dropout) for clip in clips], dim=1)[0]
 
 
-def _varlen_serves(q: Tensor, dropout: float) -> bool:
+def _varlen_serves(qkv: Tensor, dropout: float) -> bool:
     """Whether PyTorch's own kernel for packed clips does: flash attention without dropout, on NVIDIA."""
     return (
-        q.is_cuda
+        qkv.is_cuda
         and torch.version.hip is None
         and torch.backends.cuda.is_flash_attention_available()
         and dropout == 0.0
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 256
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and qkv.dtype in (torch.float16, torch.bfloat16)
+        and qkv.shape[-1] % 8 == 0
+        and qkv.shape[-1] <= 256
+        and torch.cuda.get_device_capability(qkv.device) >= (8, 0)
     )
 
 
@@ -146,17 +166,17 @@ def _load_flash_attn() -> None:
     from flash_attn import flash_attn_func, flash_attn_varlen_func  # noqa: F401
 
 
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def _flash_attn(qkv: Tensor, dropout: float) -> Tensor:
     from flash_attn import flash_attn_func
 
-    return flash_attn_func(q, k, v, dropout_p=dropout)
+    return flash_attn_func(*qkv.unbind(-3), dropout_p=dropout)
 
 
-def _flash_attn_packed(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: float) -> Tensor:
+def _flash_attn_packed(qkv: Tensor, packed: Packed, dropout: float) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     ends, longest = packed.cu_seqlens, max(packed.lengths)
-    return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, dropout_p=dropout)
+    return flash_attn_varlen_func(*qkv.unbind(-3), ends, ends, longest, longest, dropout_p=dropout)
 
 
 def _load_xformers() -> None:
@@ -164,16 +184,16 @@ def _load_xformers() -> None:
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask  # noqa: F401
 
 
-def _xformers(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def _xformers(qkv: Tensor, dropout: float) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
-    return memory_efficient_attention(q, k, v, p=dropout)
+    return memory_efficient_attention(*qkv.unbind(-3), p=dropout)
 
 
-def _xformers_packed(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: float) -> Tensor:
+def _xformers_packed(qkv: Tensor, packed: Packed, dropout: float) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
-    q, k, v = q[None], k[None], v[None]  # one row of all tokens
+    q, k, v = qkv[None].unbind(-3)  # one row of all tokens
     return memory_efficient_attention(q, k, v, attn_bias=packed.block_diagonal, p=dropout)[0]
 
 
@@ -182,9 +202,9 @@ class Backend:
     """One implementation.
 
     Attributes:
-        dense: (q, k, v, dropout) of shape (B, L, H, d) -> the same shape.
-        packed: (q, k, v, packed, dropout) of shape (total, H, d) -> the same shape.
-        package, install: what to install where `load` fails, and how; None: part of PyTorch, runs anywhere.
+        dense: ((B, L, 3, H, d), dropout) -> (B, L, H, d).
+        packed: ((total, 3, H, d), packed, dropout) -> (total, H, d).
+        package, install: what to install where `load` fails, and how; None: nothing.
         load: imports all that the calls need.
         capability: lowest CUDA compute capability for each dtype that is served.
         head_dims: served head dimensions.
@@ -200,6 +220,7 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {
+    "native": Backend(_native, _native_packed),
     "sdpa": Backend(_sdpa, _sdpa_packed),
     "flash_attn": Backend(
         _flash_attn,
@@ -234,7 +255,7 @@ def why_not(
     chosen = BACKENDS[backend]
     name = chosen.package
     if name is None:
-        return ""
+        return _native_why_not(device, dtype).removesuffix(".") if backend == "native" else ""
     try:
         chosen.load()
     except ModuleNotFoundError as error:
@@ -282,7 +303,7 @@ def require_backend(
     if backend not in BACKENDS:
         raise ValueError(f"attention must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if BACKENDS[backend].package is None:
-        return
+        head_dim = None  # any; under torch.compile it may be a symbol, of which no constant can be asked
     if reason := why_not(backend, device, dtype, head_dim):
         raise RuntimeError(f'attention="{backend}" cannot run. {reason}, or choose attention="sdpa"')
 

@@ -166,7 +166,9 @@ def _doctor(options: argparse.Namespace) -> int:
                 print(f"  {'*' if served.chosen else ' '} {op:<17} {served.name:<10} {state}")
         print(f"Attention on {device}")
         for backend in BACKENDS:
-            print(f"  {backend:<12} {why_not(backend, torch.device(device)) or 'available'}")
+            state = why_not(backend, torch.device(device))
+            state = "no native library, see above" if no_native and state == no_native.rstrip(".") else state
+            print(f"  {backend:<12} {state or 'available'}")
     return 1 if no_native and _native.demanded() else 0
 
 

@@ -96,7 +96,9 @@ class EncoderConfig:
         layer_drop: of whole layers, in encoder and decoder.
         drop_path: of the encoder's branches, clip by clip; rises linearly over the depth.
         impl: kernel implementation: None (the best there is), "reference", "native" or "triton".
-        attention: who computes attention over all tokens, in the encoder and in global decoder blocks: "sdpa"
+        attention: who computes attention over all tokens, in the encoder and in global decoder blocks: None (the
+            best there is: "native" on a CPU that has the native library, in float32 and bfloat16, else "sdpa";
+            with impl="reference" or "triton" always "sdpa"), "native" (this project's kernel for CPUs), "sdpa"
             (PyTorch), "flash_attn" or "xformers" (packages of their own, on GPUs only).
         pad: what `lengths` do. "attend": nothing, as published: what a clip was filled up with is attended and
             reconstructed like the rest. "exclude": it is kept out of attention, input statistics, pooling and loss,
@@ -128,7 +130,7 @@ class EncoderConfig:
     layer_drop: float = 0.0
     drop_path: float = 0.0
     impl: str | None = None
-    attention: str = "sdpa"
+    attention: str | None = None
     pad: str = "attend"
     recompute: str = "activations"
     frontend: Frontend = field(default_factory=lambda: Frontend.named("audioset"))
@@ -138,7 +140,7 @@ class EncoderConfig:
         _one_of("norm", self.norm, NORMS)
         _one_of("input_norm", self.input_norm, INPUT_NORMS)
         _one_of("impl", self.impl, IMPLEMENTATIONS)
-        _one_of("attention", self.attention, tuple(BACKENDS))
+        _one_of("attention", self.attention, (None, *BACKENDS))
         _one_of("pad", self.pad, PADS)
         _one_of("recompute", self.recompute, RECOMPUTE)
         _one_of("prefix_tokens", self.prefix_tokens, (0, 1, 2))

@@ -39,6 +39,7 @@ from .config import EncoderConfig, MAEConfig
 from .masking import Grid, Mask, RaggedMask
 from .pretrained import PretrainedMixin
 from .ragged import Clips, Rows, as_ragged, ragged_info_nce, runs
+from .recompute import again
 
 MAX_FLAT_TOKENS = 48000  # MAE-AST's published table of 1-D positions
 
@@ -146,17 +147,6 @@ class Positions(nn.Module):
 # -- blocks --------------------------------------------------------------------------------------------------
 
 
-def again(function: Callable, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-    """function(x), of which only x is kept: the backward pass computes again what it needs from between.
-
-    It stops at the last value that is needed, so a linear layer at the function's end is not computed again.
-    """
-    # Compilers choose for themselves what to compute again.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return function(x)
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
-
-
 def take(x: Tensor, ids: Tensor | None) -> Tensor:
     """(R, L, D), (R, M) -> (R, M, D): the tokens with these ids, all of them for None."""
     return x if ids is None else x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
@@ -179,9 +169,10 @@ class Mlp(nn.Module):
 class GlobalAttention(nn.Module):
     """Scaled dot-product attention over all tokens of a clip."""
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0, backend: str = "sdpa"):
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, backend: str | None = None):
         super().__init__()
-        require_backend(backend)
+        if backend is not None:
+            require_backend(backend)
         self.heads, self.dropout, self.backend = heads, dropout, backend
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -192,9 +183,9 @@ class GlobalAttention(nn.Module):
 
     def mix(self, qkv: Tensor, packed: Packed | None = None) -> Tensor:
         """(..., 3 * D) -> (..., D): the heads' outputs."""
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)  # each (..., L, H, d)
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))  # (..., L, 3, H, d)
         dropout = self.dropout if self.training else 0.0
-        return attention(q, k, v, packed=packed, dropout=dropout, backend=self.backend).flatten(-2)
+        return attention(qkv, packed=packed, dropout=dropout, backend=self.backend)
 
 
 class WindowAttention(nn.Module):
@@ -265,12 +256,11 @@ def attend_windows(
 
 
 class CrossAttention(nn.Module):
-    """Scaled dot-product attention of decoded tokens to the encoder's output."""
+    """Scaled dot-product attention of decoded tokens to the encoder's output, by PyTorch on any device."""
 
-    def __init__(self, width: int, memory_width: int, heads: int, dropout: float, backend: str):
+    def __init__(self, width: int, memory_width: int, heads: int, dropout: float):
         super().__init__()
-        require_backend(backend)
-        self.heads, self.dropout, self.backend = heads, dropout, backend
+        self.heads, self.dropout = heads, dropout
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(memory_width, 2 * width)
         self.proj = nn.Linear(width, width)
@@ -295,10 +285,16 @@ class CrossAttention(nn.Module):
         if counts:
             decoded, kept = (list(c) for c in counts)
             rows = zip(q[None].split(decoded, 1), *(y[None].split(kept, 1) for y in (k, v)), strict=True)
-            x = torch.cat([attention(*row, dropout=dropout, backend=self.backend) for row in rows], dim=1)[0]
+            x = torch.cat([self._attend(*row, dropout) for row in rows], dim=1)[0]
         else:
-            x = attention(q, k, v, dropout=dropout, backend=self.backend)
+            x = self._attend(q, k, v, dropout)
         return x.flatten(-2)
+
+    @staticmethod
+    def _attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        """(B, M, H, d), twice (B, K, H, d) -> (B, M, H, d)."""
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*heads_first, dropout_p=dropout).transpose(1, 2)
 
 
 def log_offsets(window: Grid) -> Tensor:
@@ -420,7 +416,9 @@ class Block(nn.Module):
 
 def global_block(c: EncoderConfig, width: int, heads: int, drop_path: float = 0.0) -> Block:
     dropout = BranchDropout(nn.Dropout(c.dropout), *([DropPath(drop_path)] if drop_path else []))
-    layer = GlobalAttention(width, heads, c.attention_dropout, c.attention)
+    # Our own kernel is one of the kernels that `impl` names, and neither a reference nor Triton's.
+    backend = "sdpa" if c.attention is None and c.impl in ("reference", "triton") else c.attention
+    layer = GlobalAttention(width, heads, c.attention_dropout, backend)
     return Block(layer, width, c.mlp_ratio, c.norm, c.norm_eps, dropout, c.recompute)
 
 
@@ -730,7 +728,7 @@ class CrossDecoder(nn.Module):
 
     @staticmethod
     def _block(c: MAEConfig) -> Block:
-        layer = CrossAttention(c.decoder_width, c.width, c.decoder_heads, c.attention_dropout, c.attention)
+        layer = CrossAttention(c.decoder_width, c.width, c.decoder_heads, c.attention_dropout)
         dropout = nn.Dropout(c.dropout)
         return Block(layer, c.decoder_width, c.mlp_ratio, c.norm, c.norm_eps, dropout, c.recompute)
 

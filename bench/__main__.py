@@ -18,8 +18,44 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _ratio(text: str) -> float:
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = -1.0
+    if not 0.0 < ratio < 1.0:
+        raise argparse.ArgumentTypeError(f"expected a share between 0 and 1, got {text!r}")
+    return ratio
+
+
+def _gigabytes(text: str) -> int:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0.0 < size < 1e6:
+        raise argparse.ArgumentTypeError(f"expected a positive number of gigabytes, got {text!r}")
+    return int(1e9 * size)
+
+
 def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return rate
 
 
 def _common(level: argparse.ArgumentParser, quick: str, full: str, rounds: str) -> None:
@@ -50,17 +86,30 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     levels = parser.add_subparsers(dest="level", required=True, metavar="LEVEL")
 
-    models = levels.add_parser("models", help="a training step of whole models: ours, plain PyTorch, SSAST")
+    models = levels.add_parser("models", help="steps of whole models: ours, plain PyTorch, SSAST")
     models.set_defaults(run=_models, parser=models)
     _common(
         models,
         "under four minutes on two CPU cores (default)",
-        f"batches of {whole.FULL_BATCH} clips, {whole.FULL_ROUNDS} rounds, no limit of time",
+        f"all models and modes, lengths, mask ratios and batches varied one at a time, {whole.FULL_ROUNDS} rounds, no "
+        "limit of time; goes on from where an earlier --full run of the same machine, commit and options stopped",
         f"up to {whole.QUICK_ROUNDS} as time allows, {whole.FULL_ROUNDS} with --full",
     )
     known = ", ".join(registry.MODELS)
     models.add_argument(
         "--models", nargs="+", metavar="NAME", help=f"of {known}; default: the three published base models"
+    )
+    models.add_argument(
+        "--providers",
+        nargs="+",
+        metavar="NAME",
+        help=f"of {', '.join(registry.PROVIDERS)}; default: {' and '.join(registry.DEFAULT_PROVIDERS)}",
+    )
+    models.add_argument(
+        "--modes",
+        nargs="+",
+        metavar="MODE",
+        help=f"of {', '.join(registry.MODES)}; default: training, and the others as far as there is time",
     )
     models.add_argument(
         "--dtypes",
@@ -71,14 +120,46 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument(
         "--batch-size",
         type=_positive,
+        nargs="+",
         metavar="N",
         help=f"clips per step; default: {whole.FULL_BATCH}, on a CPU without --full the largest of "
-        f"{_listed(whole.QUICK_BATCHES)} that leaves time for several rounds",
+        f"{_listed(whole.QUICK_BATCHES)} that leaves time for several rounds; --full: {_listed(registry.FULL_BATCHES)}",
     )
     models.add_argument(
-        "--frames", type=_positive, default=1024, metavar="N", help="length of a clip; default: %(default)s"
+        "--frames",
+        type=_positive,
+        nargs="+",
+        metavar="N",
+        help=f"lengths of a clip; default: {registry.FRAMES}, with --full {_listed(registry.FULL_FRAMES)}",
     )
-    _out(models, latest, "measurements.csv, report.md, throughput.png and memory.png")
+    models.add_argument(
+        "--mask-ratios",
+        type=_ratio,
+        nargs="+",
+        metavar="R",
+        help="shares of the tokens that are masked; default: each model's published one, with --full also "
+        f"{_listed(registry.FULL_MASK_RATIOS)}",
+    )
+    models.add_argument(
+        "--largest-batch",
+        action="store_true",
+        help="in place of times, the largest batch of each row that fits into memory",
+    )
+    models.add_argument(
+        "--memory-budget",
+        type=_gigabytes,
+        metavar="GB",
+        help="for --largest-batch; default: nine tenths of what is free",
+    )
+    text = "measurements.csv, report.md and plots"
+    models.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"folder for {text}; default: bench/results/latest, of --full and --largest-batch a folder in it. A "
+        "quick run's files are replaced if they are there, a full run's are not",
+    )
+    models.set_defaults(latest=latest)
 
     kernels = levels.add_parser("kernels", help="each op against other ways to compute it")
     kernels.set_defaults(run=_kernels, parser=kernels)
@@ -108,6 +189,28 @@ def _parser() -> argparse.ArgumentParser:
         help=f"clips; default: {_listed(run.QUICK_BATCHES)}, with --full {_listed(run.FULL_BATCHES)}",
     )
     _out(kernels, latest / "kernels", "measurements.csv, report.md and kernels.png")
+
+    data = levels.add_parser(
+        "data", help="decoding, resampling and batching, and how many workers feed a rate"
+    )
+    data.set_defaults(run=_data, parser=data)
+    _common(data, "seven rounds (default)", "21 rounds", "7, with --full 21")
+    data.add_argument(
+        "--source", metavar="SOURCE", help="recordings of your own; default: made from the package's"
+    )
+    rate = data.add_mutually_exclusive_group()
+    rate.add_argument(
+        "--clips-per-second", type=_rate, metavar="RATE", help="training rate that the workers have to feed"
+    )
+    rate.add_argument(
+        "--measured",
+        type=Path,
+        metavar="CSV",
+        help="take the rate of the fastest row of a `models` run's CSV",
+    )
+    data.add_argument("--workers", type=_count, nargs="+", metavar="N", help="default: 0, 1, 2 and all cores")
+    data.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="clips; default: 8")
+    _out(data, latest / "data", "measurements.csv and report.md")
     return parser
 
 
@@ -116,6 +219,15 @@ def _chosen(parser, option: str, given, known, default) -> tuple[str, ...]:
         if name not in known:
             parser.error(f"{option}: there is no {name!r} here; choose from {', '.join(known)}.")
     return tuple(dict.fromkeys(given or default))
+
+
+def _distinct(given: Sequence | None) -> tuple | None:
+    return tuple(dict.fromkeys(given)) if given else None
+
+
+def _some(parser, option: str, given, known) -> tuple[str, ...] | None:
+    """What was chosen, None where nothing was."""
+    return _chosen(parser, option, given, known, ()) or None
 
 
 def _dtypes(parser, given, known, default) -> tuple[str, ...]:
@@ -129,26 +241,38 @@ def _dtypes(parser, given, known, default) -> tuple[str, ...]:
 
 
 def _models(arguments, started: float) -> None:
-    from . import models, registry
+    from . import largest, models, registry
 
     parser = arguments.parser
-    names = _chosen(parser, "--models", arguments.models, registry.MODELS, registry.DEFAULT_MODELS)
-    dtypes = _dtypes(parser, arguments.dtypes, registry.MODEL_DTYPES, registry.MODEL_DTYPES)
-    if arguments.frames % 64:
+    for frames in arguments.frames or ():
+        if frames % 16:
+            parser.error(f"--frames must be a multiple of 16 (a patch), got {frames}.")
+    if arguments.memory_budget and not arguments.largest_batch:
+        parser.error("--memory-budget is for --largest-batch.")
+    if arguments.largest_batch and (arguments.batch_size or arguments.rounds):
         parser.error(
-            f"--frames must be a multiple of 64 (four patches of 16 frames), got {arguments.frames}."
+            "--largest-batch times nothing and finds its own batches: leave --batch-size and --rounds out."
         )
+    folder = "largest-batch" if arguments.largest_batch else "full" if arguments.full else "."
     options = models.Options(
-        models=names,
-        dtypes=dtypes,
-        out=arguments.out,
+        models=_some(parser, "--models", arguments.models, registry.MODELS),
+        dtypes=_dtypes(parser, arguments.dtypes, registry.MODEL_DTYPES, registry.MODEL_DTYPES),
+        providers=_chosen(
+            parser, "--providers", arguments.providers, registry.PROVIDERS, registry.DEFAULT_PROVIDERS
+        ),
+        modes=_some(parser, "--modes", arguments.modes, registry.MODES),
+        frames=_distinct(arguments.frames),
+        mask_ratios=_distinct(arguments.mask_ratios),
+        batches=_distinct(arguments.batch_size),
+        out=arguments.out or arguments.latest / folder,
         full=arguments.full,
-        batch=arguments.batch_size,
         rounds=arguments.rounds,
-        frames=arguments.frames,
         device=arguments.device,
     )
-    models.run(options, started)
+    if arguments.largest_batch:
+        largest.run(options, started, arguments.memory_budget)
+    else:
+        models.run(options, started)
 
 
 def _kernels(arguments, started: float) -> None:
@@ -169,6 +293,27 @@ def _kernels(arguments, started: float) -> None:
         device=arguments.device,
     )
     run.run(options, started)
+
+
+def _data(arguments, started: float) -> None:
+    from . import pipeline
+    from .timing import ProviderError
+
+    options = pipeline.Options(
+        out=arguments.out,
+        source=arguments.source,
+        clips_per_second=arguments.clips_per_second,
+        measured=arguments.measured,
+        workers=arguments.workers,
+        batch=arguments.batch_size,
+        full=arguments.full,
+        rounds=arguments.rounds,
+        device=arguments.device,
+    )
+    try:
+        pipeline.run(options, started)
+    except (OSError, ValueError, ProviderError) as error:
+        arguments.parser.exit(1, f"bench: {error}\n")
 
 
 def main(argv: list[str] | None = None, started: float = _STARTED) -> int:

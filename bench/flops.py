@@ -3,6 +3,7 @@
 Counted: the matrix products of the published algorithm (2 FLOPs per multiply-add), with prediction heads on
 masked tokens and embeddings of the tokens that need one. Not counted: norms, activations, losses. A training
 step is three forward passes: each product has two more in the backward pass, for its input and its weight.
+Inference and embeddings are one.
 """
 
 from __future__ import annotations
@@ -36,26 +37,44 @@ class Part:
         )
 
 
-def transformer(tokens: int, width: int, depth: int, window: int | None = None, mlp_ratio: float = 4) -> Part:
-    """`depth` blocks over `tokens` tokens; each attends `window` tokens (None: all)."""
-    hidden = int(mlp_ratio * width)
-    shapes = [(width, 3 * width), (width, width), (width, hidden), (hidden, width)]
-    linears = Counter({(tokens, k, n): depth for k, n in shapes})
-    return Part(linears, 4.0 * depth * tokens * (window or tokens) * width)
-
-
-def cross_transformer(
-    queries: int, width: int, depth: int, memory: int, memory_width: int, layers: int, mlp_ratio: float = 4
+def transformer(
+    tokens: int,
+    width: int,
+    depth: int,
+    window: int | None = None,
+    mlp_ratio: float = 4,
+    last: int | None = None,
 ) -> Part:
-    """`depth` blocks in which `queries` tokens attend to `memory` tokens, mixed anew from `layers` for each block."""
-    hidden = int(mlp_ratio * width)
-    shapes = [(width, width), (width, width), (width, hidden), (hidden, width)]
+    """`depth` blocks over `tokens` tokens; each attends `window` tokens (None: all).
+
+    Args:
+        last: tokens whose output of the last block is read (None: all of them): its other tokens leave after the
+            attention.
+    """
+    hidden = round(mlp_ratio * width)
+    qkv, tail = (width, 3 * width), [(width, width), (width, hidden), (hidden, width)]
+    last = tokens if last is None else last
+    linears = Counter({(tokens, *qkv): depth})
+    for k, n in tail:
+        linears[tokens, k, n] += depth - 1
+        linears[last, k, n] += 1
+    return Part(+linears, 4.0 * depth * tokens * (window or tokens) * width)
+
+
+def cross_attention(
+    decoded: int, kept: int, width: int, memory: int, depth: int, layers: int, mlp_ratio: float
+) -> Part:
+    """`depth` blocks in which `decoded` tokens attend `kept` ones and pass an MLP.
+
+    Each reads a weighted sum of the outputs of `layers` encoder blocks of width `memory`, counted with attention's.
+    """
+    hidden = round(mlp_ratio * width)
+    shapes = [(decoded, width, width)] * 2 + [(kept, memory, 2 * width)]
+    shapes += [(decoded, width, hidden), (decoded, hidden, width)]
     linears = Counter()
-    for k, n in shapes:
-        linears[queries, k, n] += depth
-    linears[memory, memory_width, 2 * width] += depth
-    linears[memory * memory_width, layers, depth] += 1
-    return Part(linears, 4.0 * depth * queries * memory * width)
+    for shape in shapes:
+        linears[shape] += depth
+    return Part(linears, 4.0 * depth * decoded * kept * width + 2.0 * depth * layers * kept * memory)
 
 
 @dataclass(frozen=True)
@@ -82,58 +101,74 @@ def linear(rows: int, inputs: int, outputs: int, times: int = 1) -> Part:
     return Part(Counter({(rows, inputs, outputs): times}))
 
 
-def cost(config, kept: int, frames: int) -> Cost:
-    """The forward pass of one clip.
+def cost(config, kept: int, frames: int, least: bool = False) -> Cost:
+    """The forward pass of one clip, with its losses' predictions.
 
     Args:
-        config: an `MAEConfig` with a window, global or cross decoder, or an `SSASTConfig`. Of `decode_ratio` a
-            cross decoder alone: how many masked tokens a share of the windows holds depends on the mask.
+        config: an `MAEConfig` with a decoder, or an `SSASTConfig`. Of `decode_ratio` a cross decoder alone: how many
+            masked tokens a share of the windows holds depends on the mask.
         kept: visible tokens.
         frames: of the clip.
+        least: leave out what nobody reads: the visible tokens after the last attention of a decoder. The published
+            algorithms compute it.
     """
     rows, columns = config.grid(frames)
     tokens = rows * columns
     masked, values, width = tokens - kept, config.patch_values, config.width
     if config.family == "ssast":
-        heads = Part(linears=Counter({(masked, width, width): 2, (masked, width, values): 2}))
+        encoder = transformer(
+            tokens + config.prefix_tokens,
+            width,
+            config.depth,
+            mlp_ratio=config.mlp_ratio,
+            last=masked if least else None,
+        )
         return Cost(
             {
                 "embed": linear(kept, values, width, config.passes),
-                "encoder": transformer(
-                    tokens + config.prefix_tokens, width, config.depth, mlp_ratio=config.mlp_ratio
-                ).scaled(config.passes),
-                "heads": heads,
+                "encoder": encoder.scaled(config.passes),
+                "heads": Part(linears=Counter({(masked, width, width): 2, (masked, width, values): 2})),
             }
         )
-    if config.decoder not in ("window", "global", "cross"):
-        raise ValueError(
-            f'the cost model knows the decoders "window", "global" and "cross", not {config.decoder!r}.'
-        )
+    prefix = config.prefix_tokens
     if config.decoder == "window" and config.decode_ratio < 1.0:
         raise ValueError("the cost model knows no share of the windows: decode_ratio must be 1.0.")
-    prefix = config.prefix_tokens
     if config.decoder == "cross":
         masked = min(masked, max(1, int(masked * config.decode_ratio)))
-    if config.decoder == "window":
-        window, decoded = config.window[0] * config.window[1], tokens
-    else:
-        window, decoded = None, tokens + prefix
     parts = {
         "embed": linear(kept, values, width),
         "encoder": transformer(kept + prefix, width, config.depth, mlp_ratio=config.mlp_ratio),
-        "decoder": cross_transformer(
-            masked,
-            config.decoder_width,
-            config.num_decoder_blocks,
-            kept + prefix,
-            width,
-            config.depth,
-            config.mlp_ratio,
-        )
-        if config.decoder == "cross"
-        else transformer(decoded, config.decoder_width, config.num_decoder_blocks, window, config.mlp_ratio),
+        "decoder": _decoder(config, tokens, kept, masked, masked if least else None),
         "heads": linear(masked, config.decoder_width, values, 2 if config.info_nce_weight > 0 else 1),
     }
-    if config.decoder_width != width and config.decoder != "cross":
+    # The cross decoder's blocks read the encoder's output through projections of their own.
+    if config.decoder != "cross" and (config.decoder_width != width or config.norm == "pre"):
         parts["bridge"] = linear(kept + prefix, width, config.decoder_width)
     return Cost(parts)
+
+
+def _decoder(config, tokens: int, kept: int, masked: int, last: int | None) -> Part:
+    width, depth, prefix = config.decoder_width, config.num_decoder_blocks, config.prefix_tokens
+    window = config.window[0] * config.window[1]
+    ratio = config.mlp_ratio
+    if config.decoder == "window":
+        return transformer(tokens, width, depth, window, ratio, last)
+    if config.decoder == "global":
+        return transformer(tokens + prefix, width, depth, None, ratio, last)
+    if config.decoder == "hybrid":
+        local = transformer(tokens, width, depth - config.global_blocks, window, ratio)
+        wide = transformer(tokens, width, config.global_blocks, None, ratio, last)
+        return Part(local.linears + wide.linears, local.attention + wide.attention)
+    if config.decoder == "cross":
+        return cross_attention(masked, kept + prefix, width, config.width, depth, config.depth, ratio)
+    raise ValueError(f"the cost model knows no decoder {config.decoder!r}.")
+
+
+def encoding_cost(config, frames: int) -> Cost:
+    """One clip's embeddings: every token embedded and through the encoder."""
+    rows, columns = config.grid(frames)
+    tokens = rows * columns
+    encoder = transformer(
+        tokens + config.prefix_tokens, config.width, config.depth, mlp_ratio=config.mlp_ratio
+    )
+    return Cost({"embed": linear(tokens, config.patch_values, config.width), "encoder": encoder})

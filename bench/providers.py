@@ -1,14 +1,16 @@
-"""From a case to something that can be run: models, their shared weights, and the training step."""
+"""From a case to something that can be run: models, their shared weights, and the step that is timed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 import audiomae
+from audiomae.config import replace as replace_fields
+from audiomae.model import Block
 from audiomae.pretrained import build as build_model
 
 from . import plain
@@ -21,23 +23,40 @@ def build_plain(case: Case) -> nn.Module:
     config = case.config()
     sizes = {key: getattr(config, key) for key in ("frames", "width", "depth", "heads")}
     if config.family == "ssast":
-        return plain.SSAST(**sizes, passes=case.passes)
+        return plain.SSAST(**sizes, patch=config.patch, passes=case.passes)
     if config.family == "mae_ast":
-        return plain.MAEAST(**sizes, decoder_depth=config.num_decoder_blocks)
+        return plain.MAEAST(**sizes, patch=config.patch, decoder_depth=config.num_decoder_blocks)
     return plain.AudioMAE(
         **sizes,
         decoder=config.decoder,
         decoder_width=config.decoder_width,
         decoder_depth=config.num_decoder_blocks,
         decoder_heads=config.decoder_heads,
+        global_blocks=config.global_blocks,
         normalize_target=config.normalize_target,
     )
 
 
 def build(case: Case) -> nn.Module:
-    """The provider's model with random weights, on the CPU, in training mode."""
+    """The provider's model with random weights, on the CPU, in training mode or, for other modes, in evaluation."""
     model = build_plain(case) if case.provider == "plain" else build_model(case.config())
-    return model.train()
+    if case.provider == "compiled":
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile()
+    return model.train(case.mode == "training")
+
+
+def build_reference(case: Case, model: nn.Module) -> nn.Module:
+    """What the results of a case without a baseline are held to: our model on the ops' references, in fp32.
+
+    Args:
+        model: ours, whose weights it uses.
+    """
+    case = replace(case, provider="ours", dtype="fp32")
+    reference = build_model(replace_fields(case.config(), impl="reference", recompute="none"))
+    share_weights(reference, model)
+    return reference.to(next(model.parameters()).device).train(case.mode == "training")
 
 
 def allocate(case: Case, device: str) -> nn.Module:
@@ -71,38 +90,54 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
 
 @dataclass
 class Step:
-    """One training step of a case; call it to run it. The optimizer may be shared between cases.
+    """What is timed of a case; call it to run it. The optimizer may be shared between cases.
 
-    The learning rate is 0: AdamW does all its work and the weights stay, so that the loss of every timed step
-    can be compared with the reference's.
+    Of training a step: forward, backward, AdamW. The learning rate is 0: AdamW does all its work and the weights
+    stay, so that the loss of every timed step can be compared with the reference's.
+
+    Args:
+        optimizer: of training, else None.
     """
 
     case: Case
     model: nn.Module
     spectrogram: torch.Tensor
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None = None
 
     def __post_init__(self):
+        ours = self.case.provider != "plain"
+        self._arguments: dict[str, Any] = {}
+        if self.case.mode == "embeddings":
+            self._function = self.model.encode if ours else self.model.embeddings
+            return
+        self._function = self.model
         ids = visible_tokens(len(self.spectrogram), self.case.num_tokens, self.case.kept)
         ids = ids.to(self.spectrogram.device)
-        if self.case.provider == "ours":
-            mask = audiomae.Mask.from_keep(ids, self.case.num_tokens)
-            self._arguments: dict[str, Any] = {"mask": mask}
-        else:
-            self._arguments = {"ids_keep": ids}
+        self._arguments["mask" if ours else "ids_keep"] = (
+            audiomae.Mask.from_keep(ids, self.case.num_tokens) if ours else ids
+        )
 
     def forward(self) -> torch.Tensor:
-        """The loss, under autocast for a half-precision case."""
+        """The loss, or the embeddings (B, tokens, D); under autocast for a half-precision case."""
         device = self.spectrogram.device.type
         with torch.autocast(device, DTYPES[self.case.dtype], enabled=self.case.dtype != "fp32"):
-            return self.model(self.spectrogram, **self._arguments).loss
+            result = self._function(self.spectrogram, **self._arguments)
+        return result if self.case.mode == "embeddings" else result.loss
 
     def __call__(self) -> torch.Tensor:
+        if self.case.mode != "training":
+            with torch.no_grad():
+                return self.forward()
         loss = self.forward()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+
+def figure(result: torch.Tensor) -> float:
+    """The one number that stands for a step's result: the loss; the root mean square of embeddings."""
+    return result.item() if result.ndim == 0 else result.float().square().mean().sqrt().item()
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -114,3 +149,9 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return optimizer
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer | None) -> int:
+    """Of the optimizer's state."""
+    states = optimizer.state.values() if optimizer else ()
+    return sum(t.nbytes for state in states for t in state.values() if isinstance(t, torch.Tensor))

@@ -49,12 +49,19 @@ def copy_ceiling(device: torch.device, megabytes: int = 256, repeats: int = 5) -
 
 
 def floor_seconds(
-    cost: Cost, batch: int, parameters: int, matmul: Mapping[tuple, float], best: float, copy: float
+    cost: Cost,
+    batch: int,
+    parameters: int,
+    matmul: Mapping[tuple, float],
+    best: float,
+    copy: float,
+    training: bool = True,
 ) -> float:
-    """The time below which a training step of `batch` clips cannot go on this machine.
+    """The time below which a step of `batch` clips cannot go on this machine.
 
     Every product at the rate measured for its own shape, attention's at the best rate of any shape, and the
-    optimizer's traffic at the speed of a copy; one after another. What lies between is taken as free.
+    optimizer's traffic at the speed of a copy; one after another. What lies between is taken as free. Without
+    `training` the forward products alone.
 
     Args:
         matmul: (rows, inputs, outputs, kind) -> FLOP/s.
@@ -63,6 +70,8 @@ def floor_seconds(
     products = sum(
         count * 2.0 * batch * m * k * n / matmul[batch * m, k, n, kind]
         for (m, k, n), count in cost.linears.items()
-        for kind in KINDS
+        for kind in (KINDS if training else KINDS[:1])
     )
+    if not training:
+        return products + batch * cost.attention / best
     return products + 3 * batch * cost.attention / best + OPTIMIZER_BYTES * parameters / copy

@@ -21,6 +21,10 @@ class ProviderError(RuntimeError):
 FAILURES = (RuntimeError, MemoryError, ValueError, TypeError)
 
 
+# In the words of PyTorch's allocator on various systems, and of C++.
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "bad_alloc")
+
+
 @dataclass(frozen=True)
 class Sample:
     """Seconds of one run of `variant` in `round`, and what the run returned; or the error that ended it.
@@ -59,7 +63,7 @@ def describe(error: BaseException) -> str:
     text = str(error).strip()
     if isinstance(error, ProviderError):
         return text
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in text:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in text for words in _NO_MEMORY):
         return "out of memory"
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
 

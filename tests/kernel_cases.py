@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 
 import audiomae_kernels as ak
 import torch
+from audiomae_kernels.attention.reference import attention_ref
 from audiomae_kernels.info_nce.reference import info_nce_ref
 from audiomae_kernels.masked_mse.reference import masked_mse_ref
 from audiomae_kernels.patch_gather.reference import patch_gather_ref
@@ -21,6 +23,7 @@ REFERENCES = {
     "unshuffle": unshuffle_ref,
     "masked_mse": masked_mse_ref,
     "info_nce": info_nce_ref,
+    "attention": attention_ref,
 }
 GRADIENTS = {
     "window_attention": ("qkv", "tau", "bias"),
@@ -28,6 +31,7 @@ GRADIENTS = {
     "unshuffle": ("tokens", "mask_token", "pos"),
     "masked_mse": ("pred",),
     "info_nce": ("pred", "target"),
+    "attention": ("qkv",),
 }
 # Parameters stay in float32 while activations are rounded to the dtype under test.
 PARAMETERS = ("tau", "bias", "mask_token", "pos")
@@ -78,6 +82,8 @@ class Case:
             options.setdefault("normalize", True)
         if self.op == "info_nce":
             options.setdefault("over", "target")
+        if self.op == "attention":
+            options.setdefault("dropout", 0.0)
         return options | {"impl": "reference"}
 
 
@@ -154,6 +160,27 @@ def info_nce_case(name, B, M, V, over="target"):
     return Case("info_nce", name, make, {"over": over})
 
 
+def attention_case(name, B=2, L=7, H=3, d=16, lengths=None, dropout=0.0, view=lambda x: x):
+    """`lengths`: of packed clips; `view` sets the strides of qkv."""
+
+    def make():
+        tokens = (B, L) if lengths is None else (sum(lengths),)
+        return {
+            "qkv": view(torch.randn(*tokens, 3, H, d, dtype=torch.float64)),
+            "cu_seqlens": None
+            if lengths is None
+            else torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+            "seed": torch.tensor(-0x123456789ABCDEF) if dropout else None,
+        }
+
+    return Case("attention", name, make, {"dropout": dropout})
+
+
+def apart(x: Tensor) -> Tensor:
+    """The same values, the last dimension outermost in memory."""
+    return x.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
 def by_slices(spectrogram, ids, patch, stride=None) -> Tensor:
     """patch_gather as slices of the spectrogram, one patch at a time."""
     (pt, pf), (st, sf) = patch, stride or patch
@@ -216,6 +243,20 @@ CASES = [
             info_nce_case(f"over {over}, no clip", 0, 3, 4, over),
         )
     ),
+    attention_case("three heads"),
+    attention_case("three heads, dropout", dropout=0.1),
+    attention_case("packed", lengths=(5, 1, 7), H=2, d=8),
+    attention_case("packed, dropout", lengths=(3, 9, 0, 1, 6), H=1, dropout=0.3),
+    attention_case("odd", B=1, L=103, d=5, dropout=0.5),
+    attention_case("a tile and one", B=1, L=129, H=1, d=80),
+    attention_case("twelve heads", L=34, H=12, d=64, dropout=0.1),
+    attention_case("two blocks of keys", B=1, L=161, H=1, d=32, dropout=0.1),
+    attention_case("transposed", view=lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)),
+    attention_case("expanded", B=3, view=expanded),
+    attention_case("last dimension apart", view=apart),
+    attention_case("no token", L=0),
+    attention_case("no clip", B=0),
+    attention_case("no packed token", lengths=()),
 ]
 
 

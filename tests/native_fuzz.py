@@ -5,10 +5,12 @@
 
 import sys
 from functools import partial
+from itertools import accumulate
 
 import audiomae_kernels as ak
 import torch
 from audiomae_kernels import _native
+from audiomae_kernels.attention import attention_ref
 from audiomae_kernels.window_attention import clip_window, window_attention_ref, window_index
 from budget import evaluate, to_exact
 from kernel_cases import GRADIENTS, REFERENCES, info_nce_case, patch_case, unshuffle_case
@@ -107,6 +109,45 @@ def judge_window_attention(actual, eager, exact, rows, options):
         assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g}, {options}"
 
 
+# --- attention -----------------------------------------------------------------------------------------
+
+
+def attention():
+    dtype, dropout = one_of(*DTYPES), one_of(0.0, 0.1, 0.75)
+    H, d = integer(1, 4), one_of(16, 32, 64, 80, integer(1, 70))
+    lengths = one_of(None, [one_of(integer(0, 40), integer(0, 200)) for _ in range(integer(1, 5))])
+    tokens = (integer(0, 3), one_of(integer(0, 40), integer(120, 300)))
+    if lengths is not None:
+        tokens = (sum(lengths),)
+    ends = None if lengths is None else torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    tensors = {
+        "qkv": laid_out(torch.randn(*tokens, 3, H, d).to(dtype)),
+        "cu_seqlens": ends,
+        "seed": torch.randint(-(2**63), 2**63 - 1, ()),
+    }
+    cotangent = laid_out(torch.randn(*tokens, H * d).to(dtype))
+    actual = evaluate(partial(ak.attention, dropout=dropout, impl="native"), tensors, ["qkv"], cotangent)
+    reference = partial(attention_ref, dropout=dropout)
+    eager = evaluate(reference, tensors, ["qkv"], cotangent)
+    exact = evaluate(reference, to_exact(tensors), ["qkv"], cotangent)
+    for name, value in actual.items():
+        assert value.dtype == eager[name].dtype and value.shape == eager[name].shape, name
+        if not value.numel():
+            continue
+        # Here eager computes in float32 and rounds once. The kernel rounds the weights and the gradients of scores,
+        # for their products, which are sums over the channels or the tokens of a clip, and takes the sum over a row
+        # of weights times their gradients from the output, as far as that is right.
+        size, terms = exact[name].abs().max() + 1, max(d, tokens[-1])
+        budget = 2 * (eager[name].double() - exact[name]).abs().max()
+        budget += 2 * torch.finfo(dtype).eps * size * terms**0.5
+        if name != "output":
+            budget += 2 * (eager["output"].double() - exact["output"]).abs().max() * d**0.5
+        error = (value.double() - exact[name]).abs().max()
+        assert error <= budget, (
+            f"{name}: error {error:.3g}, budget {budget:.3g}, {tokens} {H} {d} {dropout} {lengths}"
+        )
+
+
 # --- the other ops -------------------------------------------------------------------------------------
 
 
@@ -199,6 +240,7 @@ FUZZ = {
     "unshuffle": lambda: judge("unshuffle", *draw_unshuffle()),
     "masked_mse": lambda: judge("masked_mse", *draw_patches("masked_mse", normalize=one_of(True, False))),
     "info_nce": lambda: judge("info_nce", *draw_info_nce()),
+    "attention": attention,
     "any ids": any_ids,
 }
 

@@ -174,8 +174,12 @@ def test_doctor_and_a_tier_that_cannot_be_had(tier):
     done = doctor(AUDIOMAE_CPU_TIER=tier)
     assert done.returncode == 1 and not done.stderr
     assert done.stdout.count(f"AUDIOMAE_CPU_TIER={tier} {REFUSED[tier]}") == 1
-    served = [line.split(maxsplit=2) for line in done.stdout.splitlines() if " native  " in line]
-    assert [line[1:] for line in served] == [["native", "no native library, see above"]] * len(OPS)
+    served = [
+        line.partition(" native ")[2].strip() for line in done.stdout.splitlines() if " native  " in line
+    ]
+    assert served == ["no native library, see above"] * (
+        len(OPS) + 1
+    )  # and the backend of the models' attention
 
 
 def test_doctor_and_a_library_that_is_none(tmp_path):

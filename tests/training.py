@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import audiomae
 from audiomae import Mask, model, ssast
+from audiomae.attention import attention
 from audiomae.config import MODELS
 
 STEPS = 20
@@ -24,11 +25,13 @@ RATES = ("dropout", "attention_dropout", "input_dropout", "layer_drop", "bias_dr
 TINY = {"width": 32, "heads": 2, "depth": 1, "frames": 128, "mel_bins": 64}
 TINY |= {"decoder_width": 64, "decoder_heads": 2, "decoder_depth": 2}
 _COMMON = {"patch_gather", "unshuffle", "unshuffle_backward", "masked_mse", "masked_mse_backward"}
+_ATTENTION = {"attention", "attention_backward"}  # native only: elsewhere attention is PyTorch's
 STEP_OPS = {  # of one training step
     "audiomae_base": _COMMON | {"window_attention", "window_attention_backward"},
     "mae_ast_patch_base": _COMMON | {"info_nce", "info_nce_backward"},
     "ssast_patch_base": _COMMON | {"info_nce", "info_nce_backward"},
 }
+NATIVE_STEP_OPS = {name: ops | _ATTENTION for name, ops in STEP_OPS.items()}
 
 
 class Calls(TorchDispatchMode):
@@ -94,7 +97,10 @@ def train(network: nn.Module, data, lr: float, autocast: torch.dtype | None = No
 
 @contextlib.contextmanager
 def eager():
-    """Models are plain PyTorch inside: no ops, and autocast chooses the dtypes."""
+    """Models are plain PyTorch inside: no ops, SDPA, and autocast chooses the dtypes."""
+
+    def sdpa(qkv, *, backend, **options):
+        return attention(qkv, **options, backend="sdpa")
 
     def plain(op):
         def function(x, *tensors, impl, **options):
@@ -105,8 +111,9 @@ def eager():
         return function
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(model, "attention", sdpa))
         for module in (model, ssast):
-            plain_ops = {op: plain(op) for op in REFERENCES if hasattr(module, op)}
+            plain_ops = {op: plain(op) for op in REFERENCES if op != "attention" and hasattr(module, op)}
             stack.enter_context(mock.patch.multiple(module, **plain_ops))
         yield
 

@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -103,6 +103,22 @@ class _Soundfile:
 
 
 class _Torchcodec:
+    """Places in Matroska files are those of its timestamps: up to a millisecond off."""
+
+    @classmethod
+    def open(cls, file: str | os.PathLike | BinaryIO) -> "_Torchcodec":
+        """ImportError says why torchcodec cannot be had; what it raises of its own tells of the file."""
+        try:
+            decoders = importlib.import_module("torchcodec.decoders")
+        except (ImportError, RuntimeError, OSError) as error:
+            raise ImportError(f'cannot be imported ({error}); pip install "audiomae[codecs]"') from error
+        try:
+            return cls(decoders.AudioDecoder(file))
+        except RuntimeError as error:
+            if "Could not load libtorchcodec" in str(error):
+                raise ImportError("finds none of FFmpeg's libraries; install FFmpeg") from error
+            raise
+
     def __init__(self, decoder: Any):
         self.decoder = decoder
         self.sample_rate = decoder.metadata.sample_rate
@@ -119,54 +135,36 @@ class _Torchcodec:
         return chunk.data.T[:count]
 
 
-def _torchcodec_decoder() -> Any:
-    """torchcodec's AudioDecoder; ImportError says why it cannot be had (FFmpeg's libraries may be missing)."""
-    try:
-        return importlib.import_module("torchcodec.decoders").AudioDecoder
-    except (ImportError, RuntimeError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ImportError(reason) from error
-
-
-def _cannot_open(file: str | os.PathLike | BinaryIO, error: Exception) -> str:
-    """Why soundfile could not open what torchcodec could not either; for a path, what the system says."""
-    if isinstance(file, (str, os.PathLike)):
-        try:
-            with open(file, "rb") as content:
-                if not content.read(1):
-                    return "cannot be decoded: the file is empty"
-        except OSError as trouble:
-            return f"cannot be decoded: {trouble.strerror}"
-    said = re.sub(r"Error opening .*?: (?=\w)|^Error opening [^:]*: *", "", str(error)) or "damaged"
-    return f"cannot be decoded: {said}"
-
-
 def _open(file: str | os.PathLike | BinaryIO, name: str) -> tuple[Reader, Any]:
     """The reader, and what has to be closed."""
     soundfile = _extra("soundfile")
-    if isinstance(file, (str, os.PathLike)) and not os.path.isfile(file):
+    is_path = isinstance(file, (str, os.PathLike))
+    if is_path and not os.path.isfile(file):
         raise AudioError(f"{name}: no such file")
     try:
-        opened = soundfile.SoundFile(file)
+        # As bytes, since soundfile encodes strictly and file names need not be Unicode.
+        opened = soundfile.SoundFile(os.fsencode(file) if is_path and os.name == "posix" else file)
         return _Soundfile(opened), opened
-    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: headerless formats by suffix
-        reason = _cannot_open(file, error)
-    if "empty" in reason or "Permission" in reason:
-        raise AudioError(f"{name}: {reason}")
-    container = name.lower().endswith(TORCHCODEC_SUFFIXES)
-    try:
-        decoder = _torchcodec_decoder()
+    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: .raw, which has no header
+        reason = re.sub(r"^Error opening .*?: ", "", str(error)).rstrip(".") or "damaged"
+    try:  # libsndfile's words for what the system refuses are vague
+        with open(file, "rb") if is_path else nullcontext(file) as content:
+            content.seek(0)
+            if not content.read(1):
+                raise AudioError(f"{name}: cannot be decoded: the file is empty")
+            content.seek(0)
+            return _Torchcodec.open(file if is_path else content), None
+    except AudioError:
+        raise
+    except OSError as error:
+        raise AudioError(f"{name}: cannot be decoded: {error.strerror or error}") from error
     except ImportError as error:
-        if container:
-            reason += f"; libsndfile does not read such files, torchcodec and FFmpeg would, but: {error}"
-        raise AudioError(f"{name}: {reason}") from error
-    try:
-        if not isinstance(file, (str, os.PathLike)):
-            file.seek(0)
-        return _Torchcodec(decoder(file)), None
+        if name.lower().endswith(TORCHCODEC_SUFFIXES):
+            reason += f"; torchcodec reads such files, but {error}"
+        raise AudioError(f"{name}: cannot be decoded: {reason}") from error
     except (RuntimeError, ValueError, TypeError) as error:
-        said = str(error).strip().splitlines()[0]
-        raise AudioError(f"{name}: {reason}; nor by torchcodec: {said}") from error
+        said = re.sub(r".*\.cpp:\d+, ", "", str(error).strip()).splitlines() or ["damaged"]
+        raise AudioError(f"{name}: cannot be decoded: {reason}; nor by torchcodec: {said[0]}") from error
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Clips in, batches of waveforms out; spectrograms, normalisation and masks are made on the training device."""
 
 import logging
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
@@ -30,6 +31,13 @@ def crop_samples(frontend: Frontend) -> int:
     """Samples that its frames read, at its rate; :data:`MAX_SAMPLES` where their number is free."""
     size, shift, _ = frontend._frame_sizes
     return MAX_SAMPLES if frontend.frames is None else size + (frontend.frames - 1) * shift
+
+
+def describe(path: str, error: AudioError | OSError) -> str:
+    """A sentence that names the recording: an AudioError does, the system's errors need not."""
+    return (
+        str(error) if isinstance(error, AudioError) else f"{path}: cannot be read: {error.strerror or error}"
+    )
 
 
 class Failure(str):
@@ -190,7 +198,7 @@ class ClipDataset(Dataset):
             try:
                 waveform = self._crop(source, place, clip.path, random)
             except (AudioError, OSError) as error:
-                failures.append(Failure(clip.path, str(error)))
+                failures.append(Failure(clip.path, describe(clip.path, error)))
             else:
                 return self.augment.on_clip(waveform, random), self._multi_hot(clip.labels)
             place = int(random.integers(len(source)))
@@ -238,13 +246,34 @@ def collate(samples: Iterable[Sample]) -> Batch:
     )
 
 
+class _Loader(DataLoader):
+    """A worker that dies while a batch is on its way breaks pipes: torch passes EOFError or ConnectionError on."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            yield from super().__iter__()
+        except (EOFError, ConnectionError, RuntimeError) as error:
+            killed = str(error) if "DataLoader worker" in str(error) else ""
+            if not killed and isinstance(error, RuntimeError):
+                raise
+            try:
+                time.sleep(
+                    0.5 if not killed else 0
+                )  # until torch hears of the death, which it says only once
+            except RuntimeError as said:
+                killed = str(said)
+            raise RuntimeError(
+                f"a process that loads data was killed, most often for want of memory: {killed.strip() or repr(error)}"
+            ) from error
+
+
 def make_loader(
     dataset: ClipDataset, sampler: ClipSampler, workers: int, pin_memory: bool = False
 ) -> DataLoader:
     """Batches in the sampler's order, made by `workers` processes (0: by this one).
 
-    The workers stay alive between epochs. If one is killed, the next batch raises torch's RuntimeError that names
-    the process and the signal.
+    The workers stay alive between epochs. If one is killed, a RuntimeError says so: here, or from torch's handler of
+    signals in whatever the training loop is doing.
     """
     if workers < 0:
         raise ValueError(f"workers is {workers}, but a number of at least 0 was expected")
@@ -252,7 +281,7 @@ def make_loader(
         raise ValueError(
             f"the sampler counts {sum(sampler.sizes)} clips and the data set {len(dataset)}; give both the same sources"
         )
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from audiomae.data.audio import AudioError, _extra, open_audio, read_crop, resampled_length
-from audiomae.data.dataset import MAX_FAILURES, crop_samples
+from audiomae.data.dataset import MAX_FAILURES, crop_samples, describe
 from audiomae.data.shards import MANIFEST, Member, index_of, scan
 from audiomae.data.sources import Clip, Source, load_json, open_source
 from audiomae.frontend import FRONTENDS, Frontend
@@ -217,12 +217,12 @@ def _write_shard(job: _Job, shard: int) -> dict[str, Any]:
                     try:
                         content, suffix, described, values = _pack(job, number, clip)
                     except (AudioError, OSError) as error:
-                        skipped.append(str(error))
+                        skipped.append(describe(clip.path, error))
                         in_a_row += 1
                         if in_a_row == MAX_FAILURES:
                             raise AudioError(
                                 f"{MAX_FAILURES} recordings in a row could not be read; the first: "
-                                f"{skipped[-MAX_FAILURES]}; the last: {error}"
+                                f"{skipped[-MAX_FAILURES]}; the last: {skipped[-1]}"
                             ) from error
                         continue
                     in_a_row = 0

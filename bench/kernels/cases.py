@@ -7,11 +7,12 @@ a window, V values in a patch, e bytes in a value.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
+from audiomae_kernels.attention.reference import attention_ref
 from audiomae_kernels.info_nce.reference import info_nce_ref
 from audiomae_kernels.masked_mse.reference import masked_mse_ref
 from audiomae_kernels.patch_gather.reference import patch_gather_ref
@@ -29,6 +30,7 @@ REFERENCES = {
     "unshuffle": unshuffle_ref,
     "masked_mse": masked_mse_ref,
     "info_nce": info_nce_ref,
+    "attention": attention_ref,
 }
 # Parameters stay in float32, as they do in training.
 PARAMETERS = ("tau", "bias", "mask_token", "pos")
@@ -99,6 +101,12 @@ class Case:
 
     def reference(self, upcast: bool) -> Callable[..., Tensor]:
         return partial(REFERENCES[self.op], **self.shape.options, upcast=upcast)
+
+    def without_dropout(self) -> Case:
+        """The same but for the dropout among its options; the case itself if it has none."""
+        if not self.shape.options.get("dropout"):
+            return self
+        return replace(self, shape=replace(self.shape, options=self.shape.options | {"dropout": 0.0}))
 
     def work(self, tensors: dict[str, Tensor | None]) -> dict[str, Work]:
         """By mode; forward and backward together move and compute what the two do one after the other."""
@@ -223,6 +231,27 @@ def _info_nce(masked: int = 384, values: int = 256) -> Shape:
     return Shape("info_nce", f"{masked}x{values}", description, make, work, ("pred",))
 
 
+def _attention(tokens: int, dropout: float, quick: bool, heads: int = 12, head_dim: int = 64) -> Shape:
+    def make(batch):
+        return {"qkv": torch.randn(batch, tokens, 3, heads, head_dim), "seed": torch.randint(2**62, ())}
+
+    def work(e, tensors):
+        rows, D = tensors["qkv"].shape[0] * tokens, heads * head_dim
+        # Forward: q kᵀ and P v. Backward: dv, dP, dq, dk; S computed again is a choice and not counted.
+        return Work(4 * D * e * rows, 4 * tokens * D * rows), Work(7 * D * e * rows, 8 * tokens * D * rows)
+
+    return Shape(
+        "attention",
+        f"{tokens} tokens" + (f", dropout {dropout}" if dropout else ""),
+        f"{tokens} tokens, {heads} heads of {head_dim}" + (f"; dropout {dropout}" if dropout else ""),
+        make,
+        work,
+        ("qkv",),
+        {"dropout": dropout},
+        quick,
+    )
+
+
 SHAPES = (
     _window_attention("cosine", (0, 0), quick=True),
     _window_attention("cosine", (2, 0), quick=True),
@@ -233,6 +262,10 @@ SHAPES = (
     _unshuffle(),
     _masked_mse(),
     _info_nce(),
+    _attention(128, 0.0, quick=True),
+    _attention(128, 0.1, quick=True),
+    _attention(512, 0.0, quick=False),
+    _attention(512, 0.1, quick=False),
 )
 OPS = tuple(dict.fromkeys(shape.op for shape in SHAPES))
 

@@ -121,7 +121,16 @@ def _folded(attend: Callable[..., Tensor], case: Case, device: torch.device) -> 
 
 
 def sdpa(case: Case, device: torch.device) -> Function:
-    """PyTorch's scaled_dot_product_attention on partitioned windows, bias and border as a float mask."""
+    """PyTorch's scaled_dot_product_attention; on partitioned windows, bias and border as a float mask."""
+    if case.op == "attention":
+        dropout = case.shape.options["dropout"]
+
+        def function(qkv, seed):
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, d)
+            out = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+            return out.transpose(1, 2).flatten(2)
+
+        return function
 
     def attend(q, k, v, mask, scale):
         mask = None if mask is None else mask.expand(len(q), *mask.shape)
@@ -215,17 +224,17 @@ def flex(case: Case, device: torch.device) -> Function:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-ATTENTION = ("window_attention",)
+WINDOWS = ("window_attention",)
 # name -> (function, ops that it serves)
 PROVIDERS: dict[str, tuple[Callable[[Case, torch.device], Function], tuple[str, ...]]] = {
     "eager": (eager, OPS),
     "compiled": (compiled, OPS),
-    "sdpa": (sdpa, ATTENTION),
-    "flex": (flex, ATTENTION),
-    "xformers": (xformers, ATTENTION),
-    "flash-attn": (flash_attn, ATTENTION),
+    "sdpa": (sdpa, (*WINDOWS, "attention")),
+    "flex": (flex, WINDOWS),
+    "xformers": (xformers, WINDOWS),
+    "flash-attn": (flash_attn, WINDOWS),
     "native": (partial(_ours, "native"), OPS),
-    "triton": (partial(_ours, "triton"), OPS),
+    "triton": (partial(_ours, "triton"), tuple(op for op in OPS if op != "attention")),
 }
 
 COMPILED = ("compiled", "flex", "triton")  # their first call takes long
@@ -243,6 +252,11 @@ def build(name: str, case: Case, device: torch.device) -> Function:
         Unable: it does not serve the case on this machine.
     """
     return PROVIDERS[name][0](case, device)
+
+
+def draws_its_own(name: str, case: Case) -> bool:
+    """Whether the provider drops other weights than the reference does."""
+    return name == "sdpa" and case.without_dropout() is not case
 
 
 def without_backward(name: str, case: Case, device: torch.device) -> str:

@@ -87,7 +87,10 @@ class WindowAttention(nn.Module):
 
 
 class WindowBlock(nn.Module):
-    """Residual post-norm block on windows of a (R, C) grid, cyclically shifted along time."""
+    """Residual post-norm block on windows of a (R, C) grid, cyclically shifted along time.
+
+    Rows that fill no window are padded at the end, and the padding is nobody's key.
+    """
 
     def __init__(self, width, heads, grid, window, shift, dropout):
         super().__init__()
@@ -96,22 +99,32 @@ class WindowBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, 4 * width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.padding = -grid[0] % window
         mask = None
-        if shift:
-            rows = torch.arange(grid[0])[:, None].expand(grid)
-            regions = (rows >= grid[0] - window).long() + (rows >= grid[0] - shift)
-            regions = window_partition(regions[None, :, :, None], window).squeeze(-1)  # (windows, N)
+        if shift or self.padding:
+            length = grid[0] + self.padding
+            rows = torch.arange(length)[:, None].expand(length, grid[1])
+            regions = (rows >= length - window).long() + (rows >= length - shift)
+            regions, places = (
+                window_partition(x[None, :, :, None], window).squeeze(-1)  # (windows, N)
+                for x in (regions, (rows + shift) % length)
+            )
             mask = torch.where(regions[:, None] == regions[:, :, None], 0.0, -100.0)
+            mask = mask.masked_fill(places[:, None] >= grid[0], -torch.inf)
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x):
         y = x.view(len(x), *self.grid, -1)
+        if self.padding:
+            y = F.pad(y, (0, 0, 0, 0, 0, self.padding))
         if self.shift:
             y = torch.roll(y, -self.shift, dims=1)
         y = self.attn(window_partition(y, self.window), self.mask)
-        y = window_reverse(y, self.window, self.grid)
+        y = window_reverse(y, self.window, (self.grid[0] + self.padding, self.grid[1]))
         if self.shift:
             y = torch.roll(y, self.shift, dims=1)
+        if self.padding:
+            y = y[:, : self.grid[0]]
         x = x + self.norm1(y.reshape(x.shape))
         return x + self.norm2(self.mlp(x))
 
@@ -121,7 +134,7 @@ class AudioMAE(nn.Module):
 
     Args:
         decoder: "window" (16 blocks of 4x4 windows, every second one shifted by 2 in time, without the cls
-            token) or "global" (8 pre-norm blocks, with it).
+            token), "global" (8 pre-norm blocks, with it) or "hybrid" (window blocks, then 4 global ones).
         normalize_target: compare with patches of zero mean and unit (unbiased) variance.
         dropout: of the bias MLP's layers; 0.1 in upstream's training.
     """
@@ -138,6 +151,7 @@ class AudioMAE(nn.Module):
         decoder_width=512,
         decoder_depth=16,
         decoder_heads=16,
+        global_blocks=4,
         normalize_target=True,
         dropout=0.0,
     ):
@@ -151,18 +165,16 @@ class AudioMAE(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_embed = nn.Linear(width, decoder_width)
         self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_width) * 0.02)
-        if decoder == "window":
-            shift = 2 if grid[0] > 4 else 0  # a single window has nothing to shift
-            self.decoder_blocks = nn.ModuleList(
-                WindowBlock(decoder_width, decoder_heads, grid, 4, shift * (i % 2), dropout)
-                for i in range(decoder_depth)
-            )
-        elif decoder == "global":
-            self.decoder_blocks = nn.ModuleList(
-                Block(decoder_width, decoder_heads) for _ in range(decoder_depth)
-            )
-        else:
-            raise ValueError(f'decoder must be "window" or "global", got {decoder!r}.')
+        if decoder not in ("window", "hybrid", "global"):
+            raise ValueError(f'decoder must be "window", "hybrid" or "global", got {decoder!r}.')
+        local = {"window": decoder_depth, "hybrid": decoder_depth - global_blocks, "global": 0}[decoder]
+        shift = 2 if grid[0] > 4 else 0  # a single window has nothing to shift
+        self.decoder_blocks = nn.ModuleList(
+            WindowBlock(decoder_width, decoder_heads, grid, 4, shift * (i % 2), dropout)
+            if i < local
+            else Block(decoder_width, decoder_heads)
+            for i in range(decoder_depth)
+        )
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_width, patch**2)
         # Upstream builds the table on the transposed grid while its tokens are time-major.
@@ -171,8 +183,11 @@ class AudioMAE(nn.Module):
             self.register_buffer(name, torch.cat([torch.zeros(1, size), table])[None])  # (1, 1 + L, D)
         self.num_tokens = num_tokens
 
-    def encode(self, x, ids_keep):
-        x = gather_tokens(self.patch_embed(x) + self.pos_embed[:, 1:], ids_keep)
+    def encode(self, x, ids_keep=None):
+        """(B, 1, T, F) -> (B, 1 + K, D); all tokens without `ids_keep`."""
+        x = self.patch_embed(x) + self.pos_embed[:, 1:]
+        if ids_keep is not None:
+            x = gather_tokens(x, ids_keep)
         cls = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(len(x), -1, -1)
         x = torch.cat([cls, x], dim=1)
         for block in self.blocks:
@@ -185,12 +200,16 @@ class AudioMAE(nn.Module):
         full = self.mask_token.to(x.dtype).expand(len(x), self.num_tokens, -1)
         full = full.scatter(1, ids_keep.unsqueeze(-1).expand_as(kept), kept)
         x = torch.cat([x[:, :1], full], dim=1) + self.decoder_pos_embed
-        if self.decoder == "window":
+        if self.decoder != "global":
             x = x[:, 1:]
         for block in self.decoder_blocks:
             x = block(x)
         x = self.decoder_pred(self.decoder_norm(x))
-        return x if self.decoder == "window" else x[:, 1:]
+        return x[:, 1:] if self.decoder == "global" else x
+
+    def embeddings(self, spectrogram):
+        """(B, T, F) -> (B, 1 + L, D)."""
+        return self.encode(spectrogram.unsqueeze(1))
 
     def forward(self, spectrogram, ids_keep):
         x = spectrogram.unsqueeze(1)

@@ -74,14 +74,17 @@ class Transformer(nn.Module):
 class MAEAST(nn.Module):
     """Reconstruction (weight 10) and InfoNCE (weight 1) of masked patches, from one forward pass.
 
-    The input is normalised by its batch statistics, as in upstream's training.
+    The input is normalised by its batch statistics in training, as upstream's is.
+
+    Args:
+        patch: (frames, mels): (16, 16), or (2, 128) for upstream's frame tokens.
     """
 
     def __init__(
         self,
         frames=1024,
         mels=128,
-        patch=16,
+        patch=(16, 16),
         width=768,
         depth=12,
         heads=12,
@@ -90,19 +93,27 @@ class MAEAST(nn.Module):
     ):
         super().__init__()
         self.patch = patch
-        self.num_tokens = (frames // patch) * (mels // patch)
+        self.num_tokens = (frames // patch[0]) * (mels // patch[1])
+        values = patch[0] * patch[1]
         self.batch_norm = nn.BatchNorm2d(1, affine=False)
-        self.post_extract_proj = nn.Linear(patch**2, width)
+        self.post_extract_proj = nn.Linear(values, width)
         self.decoder_mask_emb = nn.Parameter(torch.empty(width).uniform_())
         self.register_buffer("positions", sinusoids(self.num_tokens, width), persistent=False)
         self.encoder = Transformer(width, depth, heads, 4 * width, dropout)
         self.decoder = Transformer(width, decoder_depth, heads, 4 * width, dropout)
-        self.final_proj_reconstruction = nn.Linear(width, patch**2)
-        self.final_proj_classification = nn.Linear(width, patch**2)
+        self.final_proj_reconstruction = nn.Linear(width, values)
+        self.final_proj_classification = nn.Linear(width, values)
+
+    def patches(self, spectrogram):
+        x = self.batch_norm(spectrogram.unsqueeze(1)) * 0.5
+        return F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)
+
+    def embeddings(self, spectrogram):
+        """(B, T, F) -> (B, L, D)."""
+        return self.encoder(self.post_extract_proj(self.patches(spectrogram)) + self.positions)
 
     def forward(self, spectrogram, ids_keep):
-        x = self.batch_norm(spectrogram.unsqueeze(1)) * 0.5
-        patches = F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)
+        patches = self.patches(spectrogram)
 
         x = self.post_extract_proj(gather_tokens(patches, ids_keep)) + self.positions[ids_keep]
         x = self.encoder(x)

@@ -40,21 +40,23 @@ class SSAST(nn.Module):
     """Masked spectrogram patch modelling: reconstruction and classification (InfoNCE) of masked patches.
 
     Args:
+        patch: (frames, mels): (16, 16), or (2, 128) for upstream's frame tokens.
         passes: 1 computes both losses from one forward pass; 2 runs the encoder once for each loss, as the
             published training code does.
     """
 
-    def __init__(self, frames=1024, mels=128, patch=16, width=768, depth=12, heads=12, passes=1):
+    def __init__(self, frames=1024, mels=128, patch=(16, 16), width=768, depth=12, heads=12, passes=1):
         super().__init__()
         if passes not in (1, 2):
             raise ValueError(f"passes must be 1 or 2, got {passes}.")
-        self.patch, self.passes = patch, passes
-        self.grid = (frames // patch, mels // patch)
+        self.patch, self.passes = (patch[1], patch[0]), passes  # upstream's patches are (mel, time)
+        self.grid = (frames // patch[0], mels // patch[1])
+        values = patch[0] * patch[1]
         num_tokens = self.grid[0] * self.grid[1]
         self.mask_embed = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        self.v = VisionTransformer(patch, num_tokens, width, depth, heads)
-        self.cpredlayer = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, patch**2))
-        self.gpredlayer = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, patch**2))
+        self.v = VisionTransformer(self.patch, num_tokens, width, depth, heads)
+        self.cpredlayer = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, values))
+        self.gpredlayer = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, values))
 
     def encode(self, x, mask):
         """(B, 1, F, T), (B, L) -> (B, L, D) with the masked tokens replaced by `mask_embed`."""
@@ -62,8 +64,12 @@ class SSAST(nn.Module):
         tokens = torch.where(mask.unsqueeze(-1), self.mask_embed.to(tokens.dtype), tokens)
         return self.v(tokens)[:, 2:]
 
+    def embeddings(self, spectrogram):
+        """(B, T, F) -> (B, 2 + L, D), frequency-major."""
+        return self.v(self.v.patch_embed(spectrogram.transpose(1, 2).unsqueeze(1)))
+
     def forward(self, spectrogram, ids_keep):
-        # Upstream's tokens are frequency-major, f * T' + t, and its patches (mel, time).
+        # Upstream's tokens are frequency-major, f * T' + t.
         time, frequency = self.grid
         ids_keep = ids_keep % frequency * time + ids_keep // frequency
         x = spectrogram.transpose(1, 2).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Kernels of masked audio autoencoders: five ops, each with a plain PyTorch reference and faster siblings.
+"""Kernels of masked audio autoencoders: six ops, each with a plain PyTorch reference and faster siblings.
 
 Shape legend: B clips, m masks of each clip, T x F spectrogram (frames x mel bins), L tokens of a T' x F'
 grid (time-major, ``t * F' + f``), K kept and M masked tokens, D width, H heads of d channels, N tokens in a
@@ -11,6 +11,7 @@ for NaN losses.
 """
 
 from audiomae_kernels._library import IMPLEMENTATIONS, OPS, implementations
+from audiomae_kernels.attention import attention
 from audiomae_kernels.info_nce import info_nce
 from audiomae_kernels.masked_mse import masked_mse
 from audiomae_kernels.patch_gather import patch_gather
@@ -20,6 +21,7 @@ from audiomae_kernels.window_attention import window_attention
 __all__ = [
     "IMPLEMENTATIONS",
     "OPS",
+    "attention",
     "implementations",
     "info_nce",
     "masked_mse",

@@ -18,6 +18,9 @@ from torch import Tensor
 from audiomae_kernels import _native
 
 SCHEMAS = {
+    "attention": "(Tensor qkv, Tensor? cu_seqlens, Tensor? seed, *, float dropout, str impl) -> (Tensor, Tensor)",
+    "attention_backward": "(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor? cu_seqlens, Tensor? seed, *, "
+    "float dropout, str impl) -> Tensor",
     "window_attention": "(Tensor qkv, Tensor? tau, Tensor? bias, *, SymInt[2] grid, int[2] window, "
     "int[2] shift, str scoring, str impl) -> Tensor",
     "window_attention_backward": "(Tensor grad, Tensor qkv, Tensor? tau, Tensor? bias, *, SymInt[2] grid, "
@@ -231,6 +234,17 @@ def wanted(like: Tensor, wants: bool) -> Tensor:
 
 def _fake(name: str) -> Callable:
     return torch.library.register_fake(f"audiomae::{name}", lib=_library)
+
+
+@_fake("attention")
+def _(qkv, cu_seqlens, seed, *, dropout, impl):
+    *tokens, _, H, d = qkv.shape
+    return qkv.new_empty(*tokens, H * d), qkv.new_empty(*tokens, H, dtype=loss_dtype(qkv))
+
+
+@_fake("attention_backward")
+def _(grad, qkv, out, lse, cu_seqlens, seed, *, dropout, impl):
+    return wanted(qkv, True)
 
 
 @_fake("window_attention")

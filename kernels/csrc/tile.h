@@ -90,6 +90,16 @@ inline Floats exp_of_negative(Floats x) {
 #endif
 }
 
+#if defined(__AVX512BF16__)
+
+// 0, n, 1, n + 1, ...: interleaves two vectors of n values.
+inline __m512i interleaved(int n) {
+  const __m512i even = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm512_or_si512(even, _mm512_slli_epi32(_mm512_add_epi32(even, _mm512_set1_epi32(n)), 16));
+}
+
+#endif
+
 // Stores past the caches, to addresses aligned to what is stored; fence() before others may read.
 template <class Element>
 inline void stream(void* p, Floats x) {
@@ -111,8 +121,8 @@ inline void fence() {
 #endif
 }
 
-// out[c][r] = in[r][c]. Rows of `in` are `pitch` floats apart, rows of `out` kTile.
-inline void transpose(const float* in, int64_t pitch, float* out) {
+// out[c][r] = in[r][c]. Rows of `in` are `pitch` floats apart, rows of `out` out_pitch.
+inline void transpose(const float* in, int64_t pitch, float* out, int64_t out_pitch = kTile) {
 #if defined(__AVX2__)
   for (int c = 0; c < kTile; c += 4) {
     for (int v = 0; v < kTile; v += kLanes) {
@@ -121,16 +131,16 @@ inline void transpose(const float* in, int64_t pitch, float* out) {
       const Floats r2 = load_quads(from + 2 * pitch, pitch), r3 = load_quads(from + 3 * pitch, pitch);
       const Floats low01 = mix_low(r0, r1), high01 = mix_high(r0, r1);
       const Floats low23 = mix_low(r2, r3), high23 = mix_high(r2, r3);
-      float* to = out + c * kTile + v;
+      float* to = out + c * out_pitch + v;
       store(to, join_low(low01, low23));
-      store(to + kTile, join_high(low01, low23));
-      store(to + 2 * kTile, join_low(high01, high23));
-      store(to + 3 * kTile, join_high(high01, high23));
+      store(to + out_pitch, join_high(low01, low23));
+      store(to + 2 * out_pitch, join_low(high01, high23));
+      store(to + 3 * out_pitch, join_high(high01, high23));
     }
   }
 #else
   for (int c = 0; c < kTile; ++c) {
-    for (int r = 0; r < kTile; ++r) out[c * kTile + r] = in[r * pitch + c];
+    for (int r = 0; r < kTile; ++r) out[c * out_pitch + r] = in[r * pitch + c];
   }
 #endif
 }

@@ -29,12 +29,6 @@ inline Floats low_half(const float* row) { return load<BFloat16>(row, All{}); }
 inline Floats high_half(const float* row) { return load<BFloat16>(row + kRowWords / 2, All{}); }
 inline __m512i round_pair(Floats low, Floats high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
-// 0, n, 1, n + 1, ...: interleaves two vectors of n values.
-inline __m512i interleaved(int n) {
-  const __m512i even = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  return _mm512_or_si512(even, _mm512_slli_epi32(_mm512_add_epi32(even, _mm512_set1_epi32(n)), 16));
-}
-
 inline void load_tile(const WindowAttention& w, const Rows& rows, const Place& at, float* out) {
   const int64_t* index = w.index + at.window * kTile;
   const int64_t step = rows.token;

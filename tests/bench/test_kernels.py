@@ -48,7 +48,8 @@ def small(monkeypatch, one_thread):
         cases._unshuffle(),
         cases._masked_mse(),
     )
-    monkeypatch.setattr(cases, "SHAPES", (*shapes, cases._info_nce(12, 8)))
+    shapes += (cases._info_nce(12, 8), *(cases._attention(8, rate, True, 2, 8) for rate in (0.0, 0.1)))
+    monkeypatch.setattr(cases, "SHAPES", shapes)
     monkeypatch.setattr(devices, "cache_bytes", lambda device: 1)
     monkeypatch.setattr(run, "measure_ceilings", quick_ceilings)
 
@@ -91,13 +92,15 @@ def test_every_op_has_a_case_and_its_providers():
     assert set(cases.OPS) == set(ak.OPS) == set(cases.REFERENCES)
     assert {shape.op for shape in cases.SHAPES if shape.quick} == set(ak.OPS)
     for op in ak.OPS:
-        assert {"eager", "compiled", "native", "triton"} <= set(providers.serving(op))
+        other = "sdpa" if op == "attention" else "triton"
+        assert {"eager", "compiled", "native", other} <= set(providers.serving(op))
     assert set(providers.serving("window_attention")) == set(providers.PROVIDERS)
 
 
 def test_least_bytes_and_flops():
     """The figures of kernels/README.md: per token of width 512 in bf16, and per patch."""
     first = {shape.op: shape for shape in reversed(cases.SHAPES)}
+    first["attention"] = cases._attention(512, 0.0, quick=True)
     work = {op: (c := cases.Case(shape, "bf16", 2)).work(c.tensors(0)) for op, shape in first.items()}
     attention = work["window_attention"]
     assert attention["forward"] == (4096 * 1024, 32768 * 1024)
@@ -107,6 +110,9 @@ def test_least_bytes_and_flops():
     assert work["unshuffle"]["backward"].bytes == 2 * ((102 + 512) * 512 * 2 + 8 * 102)
     assert work["masked_mse"]["backward"].bytes == (3 * 256 * 2 + 8) * 410 * 2
     assert work["info_nce"]["forward"] == (2 * 384 * 256 * 2 * 2, 2 * 384 * 384 * 256 * 2)
+    tokens, width = 2 * 512, 768
+    assert work["attention"]["forward"] == (4 * 2 * width * tokens, 4 * 512 * width * tokens)
+    assert work["attention"]["backward"] == (7 * 2 * width * tokens, 8 * 512 * width * tokens)
 
 
 def test_overlapping_patches_are_read_once(small):
@@ -217,10 +223,10 @@ def test_flash_attn_is_called_right(small, monkeypatch):
 def test_small_run_end_to_end(small, tmp_path, capsys):
     names = ("eager", "native", "sdpa", "triton")
     groups = bench(tmp_path, "--providers", *names, "--full")
-    assert len(groups) == 2 * 9
+    assert len(groups) == 2 * 11
     for group in groups:
         assert group.rows["eager"].error is None and len(group.copy.seconds["forward"]) == 2
-        assert "would say nothing" in group.rows["triton"].error
+        assert "triton" not in group.rows or "would say nothing" in group.rows["triton"].error
         for row in group.rows.values():
             if row.error is None:
                 assert set(row.seconds) == set(group.modes)
@@ -230,7 +236,7 @@ def test_small_run_end_to_end(small, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "2 interleaved rounds a case" in text and "the lowest and the highest" in text
     assert (
-        "- triton: Triton's kernels run on a GPU; times from its interpreter would say nothing. (18 of 18 cases)"
+        "- triton: Triton's kernels run on a GPU; times from its interpreter would say nothing. (18 of 22 cases)"
         in text
     )
     assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")

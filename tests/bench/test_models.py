@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+import time
+from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from bench import device, memory, models, registry, report, results
+from bench import device, largest, memory, models, registry, report, results
 from bench.__main__ import main
 from bench.providers import build
 
@@ -23,7 +26,7 @@ OVERRIDES = {
 def tiny(monkeypatch):
     """Toy models, and ceilings from small buffers."""
     monkeypatch.setattr(models.Ceilings, "measure", quick_ceilings)
-    monkeypatch.setattr(models, "cases", lambda m, d, b, f, o: registry.cases(m, d, b, f, OVERRIDES))
+    monkeypatch.setattr(models, "cases", lambda m, d, at, p, o: registry.cases(m, d, at, p, OVERRIDES))
 
 
 def quick_ceilings(self, rows, device, write):
@@ -179,7 +182,13 @@ def test_peak_contains_weights_gradients_and_moments():
             "--dtypes: there is no 'fp8' here; choose from fp32 or float32, bf16 or",
         ),
         (["models", "--rounds", "0"], "expected a positive whole number"),
-        (["models", "--frames", "100"], "multiple of 64"),
+        (["models", "--frames", "100"], "multiple of 16"),
+        (["models", "--mask-ratios", "1.5"], "expected a share between 0 and 1, got '1.5'"),
+        (["models", "--modes", "sleeping"], "choose from training, inference, embeddings"),
+        (["models", "--providers", "jax"], "choose from plain, ours, compiled"),
+        (["models", "--memory-budget", "2"], "--memory-budget is for --largest-batch"),
+        (["models", "--largest-batch", "--memory-budget", "0"], "expected a positive number of gigabytes"),
+        (["models", "--largest-batch", "--batch-size", "2"], "finds its own batches"),
         (["models", "--quick", "--full"], "not allowed with"),
         ([], "required: LEVEL"),
     ],
@@ -214,3 +223,241 @@ def test_module_runs_from_the_root():
         [sys.executable, "-m", "bench", "models", "--rounds", "many"], capture_output=True, text=True
     )
     assert result.returncode == 2 and "expected a positive whole number, got 'many'" in result.stderr
+
+
+POINTS = [registry.Point(2, 64), registry.Point(1, 80, "training", 0.5), registry.Point(1, 64, "embeddings")]
+
+
+@pytest.fixture
+def three_groups(tiny, monkeypatch):
+    monkeypatch.setattr(models, "full_points", lambda *_: POINTS)
+    monkeypatch.setattr(models, "spectrograms", lambda batch, frames: torch.randn(batch, frames, 128))
+    monkeypatch.setattr(models, "peak_bytes", lambda *_: 10**6)
+
+
+FULL = [
+    "models",
+    "--full",
+    "--models",
+    "mae_ast_patch_base",
+    "--dtypes",
+    "fp32",
+    "--rounds",
+    "2",
+    "--device",
+    "cpu",
+]
+
+
+def test_a_full_run_resumes_where_it_was_stopped(three_groups, tmp_path, monkeypatch, capsys):
+    whole, measured = models.measure_group, []
+
+    def stopped(group, *rest):
+        measured.append(group.number)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return whole(group, *rest)
+
+    monkeypatch.setattr(models, "measure_group", stopped)
+    arguments = [*FULL, "--out", str(tmp_path)]
+    assert main(arguments) == 130
+    path = tmp_path / "measurements.csv"
+    first = [line for line in results.lines(path) if line["group"] == "0"]
+    with path.open("a") as file:
+        file.write("2026-01-01,full,models,1,mae_as")  # the machine went down
+    assert main(arguments) == 0
+    assert measured == [0, 1, 1, 2]
+    assert "going on: 1 of 3 groups were finished before" in capsys.readouterr().out
+    assert [line for line in results.lines(path) if line["group"] == "0"] == first
+    rows = report.collect(results.read(path))
+    assert [row.error for row in rows] == [None] * 6
+    assert [(row.mode, row.batch, row.frames, row.mask_ratio) for row in rows[::2]] == [
+        ("training", 2, 64, 0.75),
+        ("training", 1, 80, 0.5),
+        ("embeddings", 1, 64, None),
+    ]
+    assert main(arguments) == 0 and measured == [0, 1, 1, 2]  # nothing is left to do
+
+
+def test_a_full_record_of_something_else_is_kept(three_groups, tmp_path, monkeypatch, capsys):
+    assert main([*FULL, "--out", str(tmp_path)]) == 0
+    path = tmp_path / "measurements.csv"
+    before = path.read_text()
+
+    def refused(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, "--out", str(tmp_path)])
+        assert stop.value.code == 2 and path.read_text() == before
+        return capsys.readouterr().err
+
+    other = [*FULL[:-3], "3", *FULL[-2:]]
+    assert "cannot be gone on from: it was measured with other rounds." in refused(*other)
+    assert "the record of a --full run, which a quick run does not replace" in refused(*ARGUMENTS)
+    monkeypatch.setattr(device, "commit", lambda: "0123456789ab")
+    assert "and now it is 0123456789ab. Choose another --out, or delete that file" in refused(*FULL)
+
+
+def test_a_full_run_replaces_a_quick_record(three_groups, tmp_path):
+    with results.Writer(tmp_path / "measurements.csv", dict.fromkeys(results.COLUMNS, "quick")) as write:
+        write.add("copy_ceiling", 1.0)
+    assert main([*FULL, "--out", str(tmp_path)]) == 0
+    assert {line["preset"] for line in results.lines(tmp_path / "measurements.csv")} == {"full"}
+
+
+def test_quick_adds_modes_as_time_allows(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(models, "peak_bytes", lambda *_: 10**6)
+    monkeypatch.setattr(models, "choose_batch", lambda *_: 1)
+    arguments = ["models", "--models", "mae_ast_patch_base", "--dtypes", "fp32", "--device", "cpu"]
+    for seconds, modes, left in ((120, registry.MODES, False), (0, ("training",), True)):
+        monkeypatch.setattr(models, "QUICK_SECONDS", seconds)
+        assert main([*arguments, "--out", str(tmp_path)], started=time.perf_counter()) == 0
+        records = results.read(tmp_path / "measurements.csv")
+        assert tuple(dict.fromkeys(row.mode for row in report.collect(records))) == modes
+        text = (tmp_path / "report.md").read_text()
+        assert ("Left out, for there was no time: inference, embeddings" in text) == left
+        assert ("## Embeddings" in text) != left
+
+
+def test_full_points_vary_one_axis_at_a_time():
+    points = registry.full_points(None, None, None, None)
+    training = [point for point in points if point.mode == "training"]
+    assert training[0] == registry.Point(8) and len(set(points)) == len(points)
+    assert {point.frames for point in training} == set(registry.FULL_FRAMES)
+    assert {point.mask_ratio for point in training} == {None, *registry.FULL_MASK_RATIOS}
+    for point in training:
+        base = (point.frames == 1024, point.mask_ratio is None, point.batch in (8, registry.SWEEP_BATCH))
+        assert sum(base) >= 2
+    chosen = registry.full_points(["training"], [2048], [0.5], [4])
+    assert chosen == [registry.Point(4, 2048, "training", 0.5)]
+    tokens = [
+        registry.Case("audiomae_base", "ours", "fp32", 1, frames=f).num_tokens for f in registry.FULL_FRAMES
+    ]
+    assert tokens == [496, 512, 1024, 2048]
+
+
+SMALL = {
+    **OVERRIDES,
+    "mae_ast_frame_base": OVERRIDES["mae_ast_patch_base"],
+    "ssast_frame_base": TINY,
+    **{
+        name: OVERRIDES["audiomae_base"] | ({"global_blocks": 1} if name.endswith("hybrid") else {})
+        for name in registry.MODELS
+        if name.startswith("audiomae_base/")
+    },
+}
+
+
+@pytest.mark.parametrize("mode", registry.MODES)
+@pytest.mark.parametrize(("frames", "ratio"), [(80, 0.5), (992, 0.75)])  # windows tile neither
+def test_every_case_is_right(mode, frames, ratio):
+    """All decoders, token shapes and passes agree with their references; the mask is shared."""
+    rows = registry.cases(SMALL, ["fp32"], registry.Point(2, frames, mode, ratio), overrides=SMALL)
+    steps, failed = models.prepare(rows, torch.device("cpu"), torch.randn(2, frames, 128))
+    good, wrong = models.check(steps, lambda text: None, rows)
+    assert not failed and not wrong and list(good) == rows
+    assert {row.model for row in rows if row.provider == "plain"} == {
+        row.model for row in rows if row.has_baseline
+    }
+
+
+def test_a_model_without_a_baseline_is_held_to_the_references(monkeypatch):
+    monkeypatch.setattr(registry.Case, "has_baseline", False)
+    rows = registry.cases(["audiomae_base"], ["fp32", "bf16"], registry.Point(2, 64), overrides=OVERRIDES)
+    assert [row.provider for row in rows] == ["ours", "ours"]
+    steps, _ = models.prepare(rows, torch.device("cpu"), torch.randn(2, 64, 128))
+    good, wrong = models.check(steps, lambda text: None, rows)
+    assert len(good) == 2 and not wrong
+    monkeypatch.setattr(
+        models, "build_reference", lambda case, model: build(case).train()
+    )  # of other weights
+    _, wrong = models.check(steps, lambda text: None, rows)
+    assert wrong[rows[0]].startswith("wrong loss")
+
+
+def test_wrong_embeddings_are_found():
+    expected = models.Probe(1.0, embedding=torch.ones(2, 4))
+    models.judge(models.Probe(1.0, embedding=torch.ones(2, 4) + 5e-5), expected, "fp32")
+    for off in (1e-3, float("nan")):
+        with pytest.raises(models.ProviderError, match="wrong embeddings"):
+            models.judge(models.Probe(1.0, embedding=torch.ones(2, 4) + off), expected, "fp32")
+
+
+@pytest.mark.slow
+def test_compiled_blocks():
+    rows = registry.cases(
+        ["audiomae_base"], ["bf16"], registry.Point(2, 64), registry.PROVIDERS, overrides=OVERRIDES
+    )
+    steps, failed = models.prepare(rows, torch.device("cpu"), torch.randn(2, 64, 128))
+    counters.clear()
+    good, wrong = models.check(steps, lambda text: None, rows)
+    assert not failed and not wrong and counters["stats"]["unique_graphs"] > 0
+    assert good[rows[2]][1].saved > 0
+
+
+def linear_memory(weights, per_clip, limit=None):
+    tried = []
+
+    def measure(case):
+        tried.append(case.batch)
+        peak = weights + per_clip * case.batch
+        if limit and peak > limit:
+            raise MemoryError
+        return peak
+
+    return measure, tried
+
+
+CASE = registry.Case("ssast_patch_tiny", "plain", "fp32", 1, frames=64)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["too large a peak", "no memory"])
+@pytest.mark.parametrize(("budget", "expected"), [(99, 0), (110, 1), (125, 2), (209, 10), (10**5, 9990)])
+def test_the_largest_batch_is_found_in_few_trials(budget, expected, fails):
+    measure, tried = linear_memory(100, 10, budget if fails else None)
+    found = largest.search(CASE, budget, measure)
+    assert expected * (1 - largest.PRECISION) <= found.largest <= expected
+    assert len(tried) == len(set(tried)) <= 12
+
+
+def test_the_largest_batch_where_the_line_misleads():
+    """Beyond 50 clips a clip takes ten times as much."""
+    found = largest.search(CASE, 1000, lambda case: 100 + case.batch + 9 * max(0, case.batch - 50))
+    assert 133 <= found.largest <= 135
+
+
+def test_largest_batch_end_to_end(tmp_path, capsys):
+    arguments = ["models", "--largest-batch", "--memory-budget", "0.5", "--models", "ssast_patch_tiny"]
+    arguments += [
+        "--dtypes",
+        "fp32",
+        "--frames",
+        "1024",
+        "--providers",
+        "plain",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+    ]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    records = results.read(tmp_path / "measurements.csv")
+    value = {(r["metric"], r["passes"]): r["value"] for r in records}
+    assert value["largest_batch", 1] >= value["largest_batch", 2] >= 1
+    assert value["largest_peak", 1] <= 0.5e9 == value["budget", None]
+    outcomes = {r["batch"]: r["value"] for r in records if r["metric"] == "trial" and r["passes"] == 1}
+    refused = [b for b, peak in outcomes.items() if peak is None or peak > 0.5e9]
+    assert min(refused) > value["largest_batch", 1]
+    output = capsys.readouterr().out
+    assert "# Benchmark: the largest batch" in output and "does not fit" in output
+
+
+def test_a_budget_limits_the_process():
+    with pytest.raises(MemoryError):
+        memory.peak_bytes(replace(CASE, batch=64, frames=1024), "cpu", 1, 1024, 10**8)
+
+
+def test_a_budget_beyond_what_is_free_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(device, "free_memory", lambda _: 10**9)
+    with pytest.raises(SystemExit):
+        main(["models", "--largest-batch", "--memory-budget", "2", "--device", "cpu", "--out", str(tmp_path)])
+    assert "--memory-budget is 2.0 GB, but 1.0 GB are free" in capsys.readouterr().err

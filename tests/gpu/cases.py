@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from kernel_cases import Case, info_nce_case, patch_case, unshuffle_case, window_attention_case
+from kernel_cases import CASES, Case, info_nce_case, patch_case, unshuffle_case, window_attention_case
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,6 +22,9 @@ PUBLISHED = [
     info_nce_case("published", 2, 384, 256),
     info_nce_case("published, over prediction", 2, 384, 256, over="prediction"),
 ]
+
+# Attention on a GPU is PyTorch's.
+SHARED = [case for case in CASES if case.op != "attention"]
 
 # One of each op, for what does not depend on the shape.
 ONE_EACH = [case for case in PUBLISHED if case.name in ("published", "published, shifted")][1:]

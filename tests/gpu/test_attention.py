@@ -34,7 +34,7 @@ def test_packed(backend, lengths, dtype, device):
         return {name: torch.randn(shape, device=device).to(dtype) for name in "qkv"}
 
     def op(q, k, v):
-        return attention(q, k, v, packed=packed, backend=backend)
+        return attention(torch.stack((q, k, v), 1), packed=packed, backend=backend).unflatten(-1, (3, 64))
 
     def reference(q, k, v, upcast):  # the inputs are float64 if it is set
         return plain(q, k, v, lengths)
@@ -46,12 +46,12 @@ def test_packed(backend, lengths, dtype, device):
 def test_packing_does_not_wait(backend, device, no_waiting):
     if reason := why_not(backend, device, torch.bfloat16, 64):
         pytest.skip(reason)
-    q = torch.randn(sum(LENGTHS), 3, 64, device=device, dtype=torch.bfloat16)
-    attention(q, q, q, packed=Packed.of(LENGTHS, device), backend=backend)
+    qkv = torch.randn(sum(LENGTHS), 3, 3, 64, device=device, dtype=torch.bfloat16)
+    attention(qkv, packed=Packed.of(LENGTHS, device), backend=backend)
     with no_waiting():
         packed = Packed.of(LENGTHS, device)
     if backend == "xformers":
         # Its mask copies the lengths from pageable memory, which waits: once for a batch, not in every layer.
         assert packed.block_diagonal is not None
     with no_waiting():
-        attention(q, q, q, packed=packed, backend=backend)
+        attention(qkv, packed=packed, backend=backend)

@@ -11,8 +11,7 @@ import pytest
 import torch
 from audiomae_kernels import _triton
 from budget import evaluate
-from gpu.cases import inputs, laid_out, named
-from kernel_cases import CASES
+from gpu.cases import SHARED, inputs, laid_out, named
 
 NAMES = {
     "window_attention": ("shifted in time", "padded and shifted", "dot"),
@@ -21,7 +20,7 @@ NAMES = {
     "masked_mse": ("square", "overlapping", "three masks a clip"),
     "info_nce": ("over target", "over prediction, odd"),
 }
-WATCHED = [case for case in CASES if case.name in NAMES[case.op]]
+WATCHED = [case for case in SHARED if case.name in NAMES[case.op]]
 
 
 @pytest.fixture(scope="module", autouse=True)

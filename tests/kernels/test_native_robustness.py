@@ -11,7 +11,7 @@ import pytest
 import torch
 from audiomae_kernels import _native
 from budget import evaluate
-from kernel_cases import info_nce_case, patch_case, unshuffle_case, window_attention_case
+from kernel_cases import attention_case, info_nce_case, patch_case, unshuffle_case, window_attention_case
 from torch.utils.data import Dataset
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=_native.why_not() or "loaded")
@@ -24,6 +24,7 @@ CASES = (
     unshuffle_case("large", 5, 20, 100, 96),
     patch_case("masked_mse", "large", 256, 128, (16, 16), B=3, K=90),
     info_nce_case("large", 3, 90, 70),
+    attention_case("large", B=2, L=90, H=5, d=32, dropout=0.1),
 )
 
 

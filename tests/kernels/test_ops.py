@@ -64,6 +64,9 @@ def test_opcheck_of_the_backward_op(case, wanted):
         options |= {"output_mask": (True, wanted)}
     elif case.op == "masked_mse":
         inputs = (torch.randn_like(result), *inputs)
+    elif case.op == "attention":
+        out, lse = result
+        inputs = (torch.randn_like(out), inputs[0], out, lse, *inputs[1:])
     else:
         grad = torch.randn_like(result)
         inputs = (grad, *(inputs if case.op == "window_attention" else inputs[1:]))
@@ -77,6 +80,7 @@ def everything(qkv, tau, bias, spectrogram, ids, pred, target, tokens, ids_keep,
     patches = ak.patch_gather(spectrogram, ids, patch=(3, 2))
     return (
         ak.window_attention(qkv, tau, bias, grid=(6, 4), window=(4, 4), shift=(2, 0)).sum()
+        + ak.attention(qkv.unflatten(-1, (3, 2, 8))).square().sum()
         + ak.masked_mse(pred, spectrogram, ids, patch=(3, 2))
         + ak.info_nce(pred, target, over="prediction")
         + ak.info_nce(pred, patches)
@@ -157,7 +161,7 @@ def test_autocast_does_not_reach_inside(op):
         assert torch.equal(actual[name], value), name
 
 
-@pytest.mark.parametrize("op", ["window_attention", "unshuffle", "masked_mse", "info_nce"])
+@pytest.mark.parametrize("op", ["attention", "window_attention", "unshuffle", "masked_mse", "info_nce"])
 def test_second_derivatives_are_refused(op):
     case = next(case for case in CASES if case.op == op)
     tensors = case.tensors()

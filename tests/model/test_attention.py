@@ -1,4 +1,5 @@
-"""Attention backends: packed batches against clips alone, the calls of flash-attn and xformers, every refusal.
+"""Attention backends: packed batches against clips alone, the calls of flash-attn and xformers, every refusal,
+and what is chosen where nothing is asked for.
 
 flash-attn and xformers need a GPU. Here stand-ins with their documented signatures take their place, which check
 each argument and compute by definition; where the packages are installed, the signatures are compared with theirs.
@@ -8,23 +9,30 @@ import inspect
 import json
 import sys
 import types
+from functools import partial
 
+import audiomae_kernels as ak
 import pytest
 import torch
+from audiomae_kernels import _native
 from budget import assert_within_budget
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from training import Calls
 
 import audiomae
 from audiomae import attention as module
 from audiomae import cli
-from audiomae.attention import BACKENDS, Packed, attention, require_backend, why_not
+from audiomae.attention import Packed, best_backend, require_backend, why_not
+from audiomae.attention import attention as attention_of_qkv
 from audiomae.config import from_dict
 from audiomae.model import Block, GlobalAttention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LENGTHS = (3, 1, 7)
+needs_library = pytest.mark.skipif(not _native.available(), reason=_native.why_not() or "loaded")
+ON_A_CPU = [pytest.param("native", marks=needs_library), "sdpa"]
 GPU = torch.device("cuda", 0)
 
 
@@ -39,6 +47,11 @@ def clip_by_clip(q, k, v, lengths=LENGTHS, dropout=0.0):
     return torch.cat([by_definition(*clip, dropout) for clip in clips])
 
 
+def attention(q, k, v, **options):
+    """`audiomae.attention.attention` of three tensors, which are one to it; (..., H, d)."""
+    return attention_of_qkv(torch.stack((q, k, v), -3), **options).unflatten(-1, q.shape[-2:])
+
+
 def tokens(*shape, dtype=torch.float64, device="cpu"):
     """q, k and v as views of one tensor, the way a fused projection gives them."""
     heads, channels = shape[-2:]
@@ -50,7 +63,8 @@ def tokens(*shape, dtype=torch.float64, device="cpu"):
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (5,), (4, 4, 4), (129, 2)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_packed_clips_are_clips_alone(lengths, dtype):
+@pytest.mark.parametrize("backend", ON_A_CPU)
+def test_packed_clips_are_clips_alone(backend, lengths, dtype):
     def draw(seed):
         torch.manual_seed(seed)
         return dict(zip("qkv", tokens(sum(lengths), 2, 16, dtype=dtype), strict=True))
@@ -59,10 +73,15 @@ def test_packed_clips_are_clips_alone(lengths, dtype):
         return clip_by_clip(q, k, v, lengths)
 
     packed = Packed.of(lengths)
-    assert_within_budget(lambda q, k, v: attention(q, k, v, packed=packed), reference, draw, wrt="qkv")
+
+    def op(q, k, v):
+        return attention(q, k, v, packed=packed, backend=backend)
+
+    assert_within_budget(op, reference, draw, wrt="qkv")
 
 
-def test_a_dense_batch_is_its_clips():
+@pytest.mark.parametrize("backend", ON_A_CPU)
+def test_a_dense_batch_is_its_clips(backend):
     def draw(seed):
         torch.manual_seed(seed)
         return dict(zip("qkv", tokens(2, 5, 3, 16, dtype=torch.float32), strict=True))
@@ -70,7 +89,7 @@ def test_a_dense_batch_is_its_clips():
     def reference(q, k, v, upcast):
         return torch.stack([by_definition(*clip) for clip in zip(q, k, v, strict=True)])
 
-    assert_within_budget(attention, reference, draw, wrt="qkv")
+    assert_within_budget(partial(attention, backend=backend), reference, draw, wrt="qkv")
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (1, 1, 2), (4, 4)], ids=str)
@@ -84,16 +103,17 @@ def test_packed_in_float64(lengths):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)
-def test_a_poisoned_clip_stays_alone(poison):
+@pytest.mark.parametrize("backend", ON_A_CPU)
+def test_a_poisoned_clip_stays_alone(backend, poison):
     def run(spoil):
         torch.manual_seed(0)
-        q, k, v = (x.clone() for x in tokens(sum(LENGTHS), 2, 16))
+        q, k, v = (x.clone() for x in tokens(sum(LENGTHS), 2, 16, dtype=torch.float32))
         if spoil:
             for x in (q, k, v):
                 x[3:4] = poison  # the second clip
         for x in (q, k, v):
             x.requires_grad_()
-        out = attention(q, k, v, packed=Packed.of(LENGTHS))
+        out = attention(q, k, v, packed=Packed.of(LENGTHS), backend=backend)
         grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
         return out.detach(), *grads
 
@@ -118,11 +138,12 @@ def test_packed_lengths():
 
 
 @pytest.mark.parametrize("packed", [None, Packed.of((4, 7))], ids=["dense", "packed"])
-def test_dropout_is_of_the_weights(packed):
+@pytest.mark.parametrize("backend", ON_A_CPU)
+def test_dropout_is_of_the_weights(backend, packed):
     ones = torch.ones(11, 64, 8)  # of L equal weights n stay, each 2 / L
     q, last = (ones[None], 11) if packed is None else (ones, 7)
-    assert (attention(q, q, q, packed=packed) - 1).abs().max() < 1e-6
-    out = attention(q, q, q, packed=packed, dropout=0.5).view_as(ones)[-last:]
+    assert (attention(q, q, q, packed=packed, backend=backend) - 1).abs().max() < 1e-6
+    out = attention(q, q, q, packed=packed, dropout=0.5, backend=backend).view_as(ones)[-last:]
     stay = out * last / 2
     assert (stay - stay.round()).abs().max() < 1e-5
     assert 0.9 < out.mean() < 1.1 and stay.round().unique().numel() > 3
@@ -131,11 +152,13 @@ def test_dropout_is_of_the_weights(packed):
 def test_shapes_that_do_not_fit():
     q, k, v = tokens(11, 2, 16)
     packed = Packed.of(LENGTHS)
-    with pytest.raises(ValueError, match=r"without packed=, q must be \(B, L, H, d\), got \(11, 2, 16\)"):
+    with pytest.raises(
+        ValueError, match=r"without packed=, qkv must be \(B, L, 3, H, d\), got \(11, 3, 2, 16\)"
+    ):
         attention(q, k, v)
-    for wrong in ((q[None], k[None], v[None]), (q[:10], k[:10], v[:10]), (q, k[:10], v)):
+    for wrong in ((q[None], k[None], v[None]), (q[:10], k[:10], v[:10])):
         with pytest.raises(
-            ValueError, match=r"must be \(11, H, d\) for packed clips of 11 tokens in all, got"
+            ValueError, match=r"qkv must be \(11, 3, H, d\) for packed clips of 11 tokens in all, got"
         ):
             attention(*wrong, packed=packed)
     elsewhere = Packed(LENGTHS, packed.cu_seqlens.to("meta"))
@@ -186,8 +209,12 @@ def test_varlen_attn_on_a_gpu(fake_gpu, monkeypatch):
         assert out.shape == q.shape and out.dtype == dtype and out.device == GPU
         ends = packed.cu_seqlens
         assert ends.dtype == torch.int32 and ends.shape == (4,) and ends.device == GPU
-        expected = (q, k, v, ends, ends, 7, 7)
-        assert all(actual is wanted for actual, wanted in zip(calls.pop(), expected, strict=True))
+        *parts, first, second, longest, other = calls.pop()
+        assert first is second is ends and longest == other == 7
+        qkv = torch.stack((q, k, v), -3)
+        for i, part in enumerate(parts):  # in place
+            assert part.shape == q.shape and part.stride() == qkv.stride()[:1] + qkv.stride()[2:]
+            assert part.storage_offset() == qkv[:, i].storage_offset()
 
 
 @pytest.mark.no_poison
@@ -367,7 +394,7 @@ def test_dropout_reaches_the_backend_in_training_only(other):
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["sdpa", *OTHERS])
 def test_a_block_takes_packed_tokens(backend, norm, monkeypatch):
     if backend in STAND_INS:
         STAND_INS[backend]().install(monkeypatch)
@@ -403,6 +430,83 @@ def test_the_stand_ins_have_the_real_signatures(backend):
         outside = torch.block_diag(*(block + 1 for block in blocks)) == 0
         expected = torch.zeros(11, 11).masked_fill(outside, -torch.inf)
         assert torch.equal(mask.materialize((11, 11)), expected)
+
+
+# -- our own kernel, and the choice ---------------------------------------------------------------------------
+
+
+@needs_library
+@pytest.mark.parametrize("lengths", [None, LENGTHS, (4, 7, 4)], ids=["dense", "packed", "another"])
+@pytest.mark.parametrize("impl", [None, "native", "reference"])
+def test_a_model_on_a_cpu_has_our_own_kernel_unless_it_asks_for_references(impl, lengths):
+    name, overrides, _ = MODELS["mae_ast"]
+    model = build(name, overrides, impl=impl, attention_dropout=0.0).float()
+    x = torch.randn(*((2, 5) if lengths is None else (sum(lengths),)), 32, requires_grad=True)
+    context = () if lengths is None else (Packed.of(lengths),)
+    with Calls() as calls:
+        model.encoder.blocks[0](x, *context).sum().backward()
+    expected = {} if impl == "reference" else {"attention": {"native"}, "attention_backward": {"native"}}
+    assert calls.served == expected
+
+
+@needs_library
+def test_what_is_best():
+    cpu = torch.device("cpu")
+    assert best_backend(cpu, torch.float32) == best_backend(cpu, torch.bfloat16) == "native"
+    for device, dtype in ((cpu, torch.float16), (cpu, torch.float64), (GPU, torch.bfloat16)):
+        assert best_backend(device, dtype) == "sdpa"
+    meta = torch.empty(2, 5, 3, 2, 16, device="meta")
+    assert attention_of_qkv(meta).shape == (2, 5, 32)
+
+
+def test_without_the_library_it_is_sdpa(monkeypatch):
+    monkeypatch.setitem(ak._library._table, "attention", dict(ak._library._table["attention"]))
+    missing = "The native CPU library is not built: do so."
+    ak._library.register("attention", "native", None, unavailable=missing)
+    assert best_backend(torch.device("cpu"), torch.float32) == "sdpa"
+    q = torch.randn(1, 4, 2, 16)
+    assert torch.equal(attention(q, q, q), attention(q, q, q, backend="sdpa"))
+    for refused in (
+        lambda: attention(q, q, q, backend="native"),
+        lambda: audiomae.create_model("audiomae_base", **ENCODER, attention="native"),
+    ):
+        with pytest.raises(RuntimeError) as error:
+            refused()
+        assert str(error.value) == (
+            'attention="native" cannot run. The native CPU library is not built: do so, or choose attention="sdpa"'
+        )
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "device, dtype, reason",
+    [
+        ("cpu", torch.float16, "It serves float32, bfloat16, not float16"),
+        ("meta", torch.float32, "It serves tensors on cpu, not on meta"),
+    ],
+)
+def test_what_our_own_kernel_does_not_serve(device, dtype, reason):
+    q = torch.zeros(1, 4, 2, 16, dtype=dtype, device=device)
+    with pytest.raises(
+        RuntimeError, match=f'attention="native" cannot run. {reason}, or choose attention="sdpa"'
+    ):
+        attention(q, q, q, backend="native")
+
+
+@needs_library
+def test_dropout_in_a_model_follows_the_seed():
+    name, overrides, _ = MODELS["mae_ast"]
+    model = build(name, overrides).float().train()
+    x, mask = torch.randn(2, 64, 128), model.draw_mask(2, 64)
+
+    def loss(seed):
+        torch.manual_seed(seed)
+        return model(x, mask).loss
+
+    with Calls() as calls:
+        first = loss(1)
+    assert calls.served["attention"] == {"native"}
+    assert loss(1) == first and loss(2) != first
 
 
 # -- refusals ------------------------------------------------------------------------------------------------
@@ -587,7 +691,8 @@ def test_an_unknown_backend():
         lambda: audiomae.create_model("audiomae_base", attention="flash"),
     ):
         with pytest.raises(
-            ValueError, match="attention must be one of 'sdpa', 'flash_attn', 'xformers', got 'flash'"
+            ValueError,
+            match=r"attention must be one of (None, )?'native', 'sdpa', 'flash_attn', 'xformers', got 'flash'",
         ):
             refused()
 
@@ -606,7 +711,7 @@ def test_the_backend_is_saved_and_can_be_changed(tmp_path, monkeypatch):
     old = json.loads((tmp_path / "config.json").read_text())
     del old["attention"]  # written before there was a choice
     (tmp_path / "config.json").write_text(json.dumps(old))
-    assert audiomae.load(tmp_path).config.attention == "sdpa"
+    assert audiomae.load(tmp_path).config.attention is None
 
 
 def test_doctor_lists_the_backends(monkeypatch, capsys):
@@ -614,6 +719,8 @@ def test_doctor_lists_the_backends(monkeypatch, capsys):
     FlashAttn().install(monkeypatch)
     assert cli.main(["doctor"]) == 0
     section = capsys.readouterr().out.split("Attention on cpu\n")[1].splitlines()
-    assert section[0].split() == ["sdpa", "available"]
-    assert "flash-attn runs on GPUs only, not on cpu" in section[1]
-    assert "The package xformers is not installed: pip install xformers" in section[2]
+    native = _native.why_not().removesuffix(".") or "available"
+    assert section[0].split() == ["native", *native.split()]
+    assert section[1].split() == ["sdpa", "available"]
+    assert "flash-attn runs on GPUs only, not on cpu" in section[2]
+    assert "The package xformers is not installed: pip install xformers" in section[3]

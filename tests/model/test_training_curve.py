@@ -6,7 +6,16 @@ import pytest
 import torch
 from audiomae_kernels import _library, _native
 from audiomae_kernels.window_attention.reference import window_attention_backward_ref, window_attention_ref
-from training import STEP_OPS, Calls, assert_curves_within_budget, batches, still, tiny, train
+from training import (
+    NATIVE_STEP_OPS,
+    STEP_OPS,
+    Calls,
+    assert_curves_within_budget,
+    batches,
+    still,
+    tiny,
+    train,
+)
 
 needs_library = pytest.mark.skipif(not _native.available(), reason=_native.why_not() or "loaded")
 DTYPES = [pytest.param(None, id="float32"), pytest.param(torch.bfloat16, id="bfloat16 autocast")]
@@ -21,7 +30,7 @@ def test_native_serves_every_op_of_the_step_by_default(name, autocast):
     assert model.config.impl is None
     with Calls() as calls:
         train(model, [next(batches(model))], 1e-3, autocast)
-    assert calls.served == {op: {"native"} for op in STEP_OPS[name]}
+    assert calls.served == {op: {"native"} for op in NATIVE_STEP_OPS[name]}
 
 
 @pytest.mark.usefixtures("one_thread")

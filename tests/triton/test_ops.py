@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from audiomae_kernels import OPS, _partials
+from audiomae_kernels import OPS, _library, _partials
 from budget import evaluate
 from functorch.compile import make_boxed_func
 from interpreter import needs_interpreter
@@ -24,7 +24,7 @@ ODD = ("window clipped to the grid", "overlapping", "three masks a clip", "trans
 SOME = [
     pytest.param(case, id=f"{case.op}: {case.name}")
     for case in CASES
-    if case.name in (*ODD, "over target, odd", "over prediction, odd")
+    if case.op != "attention" and case.name in (*ODD, "over target, odd", "over prediction, odd")
 ]
 
 
@@ -56,7 +56,7 @@ def test_opcheck(case):
         opcheck(op, tuple(args), options, **checks)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if "triton" in _library._table[op]])
 def test_compile(op):
     """One graph, without a break, that holds the op, and the same bits, forward and backward."""
     torch.compiler.reset()
