@@ -189,7 +189,7 @@ def main():
     parser.add_argument(
         "--clips", type=int, default=120, help="synthetic clips per class; default: %(default)s"
     )
-    parser.add_argument("--steps", type=int, default=600, help="of pre-training; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=400, help="of pre-training; default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
