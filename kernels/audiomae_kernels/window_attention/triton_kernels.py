@@ -453,9 +453,13 @@ def config(windows: int, N: int, H: int, D: int, dtype: torch.dtype, backward: b
 
 def register_limit(tile: Config, dtype: torch.dtype, backward: bool) -> dict[str, int]:
     """Option for NVIDIA's assembler, which without it spills a few values to fit one more program."""
-    if not targets_hip() and dtype == torch.float32 and tile.NP == 16 and not backward:
+    if targets_hip():
+        return {}
+    if dtype == torch.float32 and tile.NP == 16 and not backward:
         return {"maxnreg": 128}
-    if not targets_hip() and dtype == torch.float16 and tile.NP > 16 and backward:
+    if dtype == torch.float32 and tile.C <= 2 and backward and tile.NP == 16:
+        return {"maxnreg": 168}
+    if dtype == torch.float16 and (tile.NP > 16 or tile.C > 4) and backward:
         return {"maxnreg": 255}
     return {}
 
