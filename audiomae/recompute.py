@@ -26,7 +26,10 @@ def again(function: Callable[[Tensor], Any], x: Tensor) -> Any:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return function(x)
     device = x.device.type
-    autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
+    autocast = contextlib.nullcontext()
+    if torch.amp.is_autocast_available(device):
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        autocast = torch.autocast(device, dtype, enabled)
     saved, values = 0, {}
 
     def pack(_: Tensor) -> int:
@@ -46,7 +49,7 @@ def again(function: Callable[[Tensor], Any], x: Tensor) -> Any:
             with (
                 contextlib.suppress(_Complete),
                 torch.enable_grad(),
-                torch.autocast(device, **autocast),
+                autocast,
                 saved_tensors_hooks(collect, _keep),
             ):
                 function(x.detach().requires_grad_(x.requires_grad))

@@ -316,7 +316,7 @@ def _data(arguments, started: float) -> None:
         arguments.parser.exit(1, f"bench: {error}\n")
 
 
-def main(argv: list[str] | None = None, started: float = _STARTED) -> int:
+def main(argv: list[str] | None = None, started: float | None = None) -> int:
     arguments = _parser().parse_args(argv)
 
     import torch
@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None, started: float = _STARTED) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
-        arguments.run(arguments, started)
+        arguments.run(arguments, time.perf_counter() if started is None else started)
     except UsageError as error:
         arguments.parser.error(str(error))
     except DeviceError as error:
@@ -345,4 +345,4 @@ def main(argv: list[str] | None = None, started: float = _STARTED) -> int:
 if __name__ == "__main__":
     # What ends a run for its time ends it as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    sys.exit(main(started=_STARTED))

@@ -531,7 +531,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
 @pytest.mark.parametrize(
     ("chosen", "why"),
     [
-        (["--providers", "sdpa", "--ops", "patch_gather"], "sdpa: It serves window_attention only."),
+        (["--providers", "sdpa", "--ops", "patch_gather"], "sdpa: It serves window_attention and attention only."),
         (["--providers", "triton"], "triton: Triton's kernels run on a GPU"),
         (["--providers", "flash-attn", "sdpa", "--ops", "info_nce"], "flash-attn: It serves window_attention only."),
         (["--providers", "flash-attn", "--ops", "window_attention"], "flash-attn: flash-attn takes no bias."),
@@ -550,7 +550,10 @@ def test_providers_that_can_run_nothing_are_refused(small, tmp_path, monkeypatch
 
 def test_an_op_that_no_chosen_provider_serves_is_left_out(small, tmp_path):
     groups = bench(tmp_path, "--providers", "sdpa", "--dtypes", "float32")
-    assert {(group.op, group.dtype) for group in groups} == {("window_attention", "fp32")}
+    assert {(group.op, group.dtype) for group in groups} == {
+        ("window_attention", "fp32"),
+        ("attention", "fp32"),
+    }
 
 
 def test_either_spelling_of_a_dtype(small, tmp_path, capsys):
