@@ -459,6 +459,13 @@ def spectrogram_norm(c: EncoderConfig) -> nn.Module:
     return nn.Identity() if c.input_norm == "none" else SpectrogramNorm(c.input_norm)
 
 
+def tokens_norm(c: EncoderConfig, width: int) -> nn.Module:
+    """What comes before the first block: a LayerNorm and dropout with post-norm blocks, else nothing."""
+    if c.norm == "post":
+        return nn.Sequential(nn.LayerNorm(width, eps=c.norm_eps), nn.Dropout(c.dropout))
+    return nn.Identity()
+
+
 def init_vit(encoder: Encoder) -> None:
     """The Vision Transformer's initialisation, of blocks and prefix tokens."""
     for module in encoder.blocks.modules():
@@ -484,11 +491,7 @@ class Encoder(nn.Module):
         self.positions = Positions(c.positions, c.grid(), c.prefix_tokens, c.width)
         self.input_dropout = nn.Dropout(c.input_dropout)
         self.layer_drop = LayerDrop(c.layer_drop)
-        self.input_norm = (
-            nn.Sequential(nn.LayerNorm(c.width, eps=c.norm_eps), nn.Dropout(c.dropout))
-            if c.norm == "post"
-            else nn.Identity()
-        )
+        self.input_norm = tokens_norm(c, c.width)
         self.blocks = nn.ModuleList(
             global_block(c, c.width, c.heads, drop_path=c.drop_path * i / max(1, c.depth - 1))
             for i in range(c.depth)
@@ -567,11 +570,7 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(c.width, width) if c.norm == "pre" or c.width != width else nn.Identity()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = Positions(c.positions, c.grid(), c.prefix_tokens, width)
-        self.input_norm = (
-            nn.Sequential(nn.LayerNorm(width, eps=c.norm_eps), nn.Dropout(c.dropout))
-            if c.norm == "post"
-            else nn.Identity()
-        )
+        self.input_norm = tokens_norm(c, width)
         depth = c.num_decoder_blocks
         local = {"window": depth, "hybrid": depth - c.global_blocks, "global": 0}[c.decoder]
         self.blocks = nn.ModuleList(
@@ -714,11 +713,7 @@ class CrossDecoder(nn.Module):
         width = c.decoder_width
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = Positions(c.positions, c.grid(), c.prefix_tokens, width)
-        self.input_norm = (
-            nn.Sequential(nn.LayerNorm(width, eps=c.norm_eps), nn.Dropout(c.dropout))
-            if c.norm == "post"
-            else nn.Identity()
-        )
+        self.input_norm = tokens_norm(c, width)
         depth = c.num_decoder_blocks
         self.mix = nn.Parameter(torch.empty(depth, c.depth).normal_(std=c.depth**-0.5))
         self.memory_norms = nn.ModuleList(nn.LayerNorm(c.width, eps=c.norm_eps) for _ in range(depth))

@@ -1,11 +1,8 @@
 """attention: its definition, its dropout, the native kernel, what is refused."""
 
-import os
-import subprocess
 import sys
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import audiomae_kernels as ak
 import pytest
@@ -14,9 +11,9 @@ from audiomae_kernels import _native
 from audiomae_kernels.attention import attention_ref, dropout_mask, philox, rounded_rate
 from budget import assert_within_budget, evaluate
 from kernel_cases import CASES, attention_case, cases
+from tiers import OTHER_TIERS, check_in_tier
 from torch.nn import functional
 
-ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.bfloat16)
 EPS = torch.finfo(torch.float32).eps
 
@@ -324,26 +321,9 @@ def check_everything():
         )
 
 
-# The chosen one is what all other tests run.
-OTHER_TIERS = [
-    name
-    for name, chosen, reason in _native.cpu_tiers()
-    if "lacks" not in reason and (not chosen or name == "portable")
-]
-
-
 @pytest.mark.parametrize("tier", OTHER_TIERS)
 def test_every_tier(tier):
-    path = os.pathsep.join(str(ROOT / folder) for folder in ("kernels", "tests", "tests/kernels"))
-    code = "import test_attention as t; t.check_everything(); print([n for n, c, _ in t._native.cpu_tiers() if c])"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "AUDIOMAE_CPU_TIER": tier, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"['{tier}']"
+    check_in_tier("test_attention", tier)
 
 
 # --- autocast, what is kept, what is refused -----------------------------------------------------------------

@@ -1,10 +1,7 @@
 """unshuffle, masked_mse and info_nce of the native CPU library: the references' values and gradients."""
 
-import os
-import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import audiomae_kernels as ak
 import pytest
@@ -12,8 +9,8 @@ import torch
 from audiomae_kernels import _native
 from budget import assert_within_budget, evaluate
 from kernel_cases import CASES, cases, choose, info_nce_case, patch_case, unshuffle_case
+from tiers import OTHER_TIERS, check_in_tier
 
-ROOT = Path(__file__).parents[2]
 OPS = ("unshuffle", "masked_mse", "info_nce")
 DTYPES = (torch.float32, torch.bfloat16)
 EPS = torch.finfo(torch.float32).eps
@@ -87,26 +84,9 @@ def check_everything():
             check_threads(case, dtype)
 
 
-# The chosen one is what all other tests run.
-OTHER_TIERS = [
-    name
-    for name, chosen, reason in _native.cpu_tiers()
-    if "lacks" not in reason and (not chosen or name == "portable")
-]
-
-
 @pytest.mark.parametrize("tier", OTHER_TIERS)
 def test_every_tier(tier):
-    path = os.pathsep.join(str(ROOT / folder) for folder in ("kernels", "tests", "tests/kernels"))
-    code = "import test_native_ops as t; t.check_everything(); print([n for n, c, _ in t._native.cpu_tiers() if c])"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "AUDIOMAE_CPU_TIER": tier, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"['{tier}']"
+    check_in_tier("test_native_ops", tier)
 
 
 # --- ids that a caller should not give -----------------------------------------------------------------
