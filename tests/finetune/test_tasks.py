@@ -1,4 +1,4 @@
-"""Every task on a tiny data set in the real one's layout: fine-tuned, evaluated, interrupted, resumed, evaluated again."""
+"""Every task on a tiny data set in the real one's layout: fine-tuned, evaluated, interrupted, resumed, evaluated."""
 
 import csv
 import json
