@@ -1,8 +1,9 @@
 """Does pre-training learn anything? A sanity check in minutes on two cores, and no figure of quality.
 
 Twelve classes of synthetic sounds, each clip with its own pitch, level, onset, and background noise. A small Audio-MAE
-is pre-trained on them without labels; then a linear classifier on frozen embeddings (the mean over the patch tokens)
-is compared with one on the embeddings of the same network with random weights, over three seeds.
+is pre-trained on them without labels. Then pre-trained weights are compared with random ones of the same network, over
+three seeds: by a linear classifier on frozen embeddings (the mean over the patch tokens), and by fine-tuning all
+weights with the same few steps.
 
     python examples/learning.py                      # the synthetic sounds
     python examples/learning.py --data recordings    # or a folder with a folder of recordings for each label
@@ -11,6 +12,7 @@ It prints a table and writes `results.json` and `learning.png` into --out.
 """
 
 import argparse
+import csv
 import json
 import math
 import shutil
@@ -24,7 +26,9 @@ from torch.nn import functional
 
 import audiomae
 from audiomae.data import load_batch, open_source
+from audiomae.finetune import TuneConfig, Tuner
 from audiomae.train import TrainConfig, pretrain
+from audiomae.train.processes import Processes, StopSignal
 
 RATE = 16_000
 FRAMES = 128  # 1.28 s
@@ -32,6 +36,7 @@ MODEL = {
     "frames": FRAMES, "width": 128, "depth": 4, "heads": 4,
     "decoder_width": 64, "decoder_depth": 4, "decoder_heads": 4, "mask_ratio": 0.75,
 }  # fmt: skip
+ENCODER = {name: MODEL[name] for name in ("width", "depth", "heads")}
 
 
 # -- sounds --------------------------------------------------------------------------------------------------
@@ -182,6 +187,34 @@ def probe(features, labels, train, test):
     return accuracy(features[test], labels[test], weight)
 
 
+def tune(table, out, seed, steps, mean, std, **start):
+    """Test accuracy of all weights fine-tuned; `start` says from which."""
+    shutil.rmtree(out, ignore_errors=True)
+    config = TuneConfig(
+        task="custom",
+        data=[str(table)],
+        out=str(out),
+        frames=FRAMES,
+        mean=mean,
+        std=std,
+        steps=steps,
+        batch_size=32,
+        lr=5e-4,
+        weight_decay=0.05,
+        warmup_steps=steps // 10,
+        val_every=steps,
+        seed=seed,
+        log_every=steps,
+        workers=1,
+        **start,
+    )
+    with StopSignal() as stop, Processes() as processes:
+        tuner = Tuner(config, processes)
+        if tuner.train(stop) is None:
+            raise SystemExit("fine-tuning was asked to end")
+    return tuner.report.value
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="a folder with a folder of recordings for each label")
@@ -190,6 +223,7 @@ def main():
         "--clips", type=int, default=120, help="synthetic clips per class; default: %(default)s"
     )
     parser.add_argument("--steps", type=int, default=400, help="of pre-training; default: %(default)s")
+    parser.add_argument("--tune-steps", type=int, default=100, help="of fine-tuning; default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -205,7 +239,9 @@ def main():
     frontend = audiomae.Frontend(mean=mean, std=std, frames=FRAMES)
     inputs = spectrograms(paths, frontend)
 
-    results = {"random": [], "pre-trained": []}
+    results = {
+        f"{how}, {start}": [] for how in ("linear", "fine-tuned") for start in ("random", "pre-trained")
+    }
     for seed in range(options.seeds):
         # Half of the clips for pre-training and for the probe's training, half to test on.
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))
@@ -239,34 +275,49 @@ def main():
             "pre-trained": audiomae.load(saved),
         }
         for name, model in models.items():
-            results[name].append(probe(embed(model, inputs), labels, train, test))
-            print(f"seed {seed}: linear probe on {name} weights: {results[name][-1]:.1%}")
+            results[f"linear, {name}"].append(probe(embed(model, inputs), labels, train, test))
+        table = options.out / f"labels-{seed}.csv"
+        with table.open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(("path", "label", "split"))
+            for split, part in (("train", train), ("test", test)):
+                rows.writerows((paths[i].resolve(), names[labels[i]], split) for i in part)
+        starts = {
+            "random": {"model": "audiomae_small", "model_overrides": ENCODER},
+            "pre-trained": {"pretrained": str(saved)},
+        }
+        for name, start in starts.items():
+            out = options.out / f"tune-{name}-{seed}"
+            accuracy = tune(table, out, seed, options.tune_steps, mean, std, **start)
+            results[f"fine-tuned, {name}"].append(accuracy)
+        for name, values in results.items():
+            print(f"seed {seed}: {name} weights: {values[-1]:.1%}")
 
     chance = labels.bincount().max().item() / len(labels)
     print(
-        f"\n{len(paths)} clips, {len(names)} classes, chance {chance:.1%}, {options.steps} steps of pre-training"
+        f"\n{len(paths)} clips, {len(names)} classes, chance {chance:.1%}, {options.steps} steps of pre-training, "
+        f"{options.tune_steps} of fine-tuning"
     )
     print("A sanity check of the training code, not a figure of quality.\n")
     print(
-        "| encoder     | mean accuracy | lowest | highest |\n|-------------|---------------|--------|---------|"
+        "| weights                 | mean accuracy | lowest | highest |\n"
+        "|-------------------------|---------------|--------|---------|"
     )
     for name, values in results.items():
-        print(f"| {name:11} | {np.mean(values):13.1%} | {min(values):6.1%} | {max(values):7.1%} |")
+        print(f"| {name:23} | {np.mean(values):13.1%} | {min(values):6.1%} | {max(values):7.1%} |")
     (options.out / "results.json").write_text(json.dumps({**results, "chance": chance}, indent=2) + "\n")
     draw(options.out / "learning.png", results, chance)
 
 
 def draw(path, results, chance):
-    figure = Figure(figsize=(4.5, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     for i, values in enumerate(results.values()):
-        axis.bar(i, np.mean(values), color=f"C{i}", alpha=0.5)
+        axis.bar(i, np.mean(values), color=f"C{i % 2}", alpha=0.5)
         axis.plot([i] * len(values), values, "k.")
     axis.axhline(chance, color="grey", linestyle=":", label="chance")
     axis.set_xticks(range(len(results)), list(results))
-    axis.set(
-        ylabel="accuracy of a linear probe", ylim=(0, 1), title="A sanity check, not a figure of quality"
-    )
+    axis.set(ylabel="accuracy", ylim=(0, 1), title="A sanity check, not a figure of quality")
     axis.legend()
     figure.savefig(path, dpi=120)
 
