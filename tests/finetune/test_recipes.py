@@ -11,10 +11,6 @@ from audiomae.finetune import RECIPES, TASKS, EvaluateConfig, TuneConfig
 from audiomae.finetune.command import run_finetune
 from audiomae.train.command import parse
 
-MIXED, LIKE_SUPERB = (
-    Augment(gain=6.0, roll=True, mixup=0.5),
-    {"optimizer": "adam", "layer_decay": 1.0, "loss": "ce"},
-)
 #: Global batch, base rate or rate, epochs or steps, warm-up epochs, SpecAugment, mixup, noise, loss, masks.
 AUDIOMAE = {
     "as20k": (32, 1e-3, 60, 4, (192, 48), 0.5, False, "bce", 0.3),
