@@ -197,8 +197,10 @@ class Positions(nn.Module):
 
 
 def take(x: Tensor, ids: Tensor | None) -> Tensor:
-    """(R, L, D), (R, M) -> (R, M, D): the tokens with these ids, all of them for None."""
-    return x if ids is None else x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
+    """(R, L, D), (R, M) -> (R, M, D): the tokens with these ids, all of them for None. Packed: (total, D), (M,)."""
+    if ids is None:
+        return x
+    return x[ids] if ids.ndim == 1 else x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 class Mlp(nn.Module):
@@ -422,7 +424,7 @@ class Block(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor, *context: Grid | Tensor | Packed, ids: Tensor | None = None) -> Tensor:
-        """(R, L, D) -> (R, L, D), or (R, M, D) for the tokens `ids` (R, M) only.
+        """(R, L, D) -> (R, L, D), or (R, M, D) for the tokens `ids` (R, M) only; packed as in `take`.
 
         `context` is what the attention takes beside x.
         """
@@ -702,8 +704,12 @@ class Decoder(nn.Module):
         return self.norm(self.layer_drop(take(x, masked), y))
 
     @staticmethod
-    def _context(block: Block, grid: Grid, offsets: Tensor) -> tuple:
-        return (grid, offsets) if isinstance(block.attn, WindowAttention) else ()
+    def _context(
+        block: Block, grid: Grid | Sequence[Grid], offsets: Tensor, packed: Packed | None = None
+    ) -> tuple:
+        if isinstance(block.attn, WindowAttention):
+            return grid, offsets
+        return () if packed is None else (packed,)
 
     def forward_packed(self, latent: Tensor, rows: Rows) -> Tensor:
         """`forward` of packed rows: (total, D) with prefix -> (total, decoder width), the masked tokens."""
@@ -719,11 +725,12 @@ class Decoder(nn.Module):
         packed = Packed.of([num_prefix + n for n in rows.tokens], tokens.device)
         x = self.input_norm(tokens)
         offsets = self._offsets(rows.grids[-1])
-        for block in self.blocks:
-            window = isinstance(block.attn, WindowAttention)
-            x = self.layer_drop(x, block(x, rows.grids, offsets) if window else block(x, packed))
-        _, x = Rows.cut_prefix(x, rows.tokens, num_prefix)
-        return self.norm(x[rows.ids_masked[0]])
+        *inner, last = self.blocks
+        for block in inner:
+            x = self.layer_drop(x, block(x, *self._context(block, rows.grids, offsets, packed)))
+        masked = rows.masked_after(num_prefix)
+        y = last(x, *self._context(last, rows.grids, offsets, packed), ids=masked)
+        return self.norm(self.layer_drop(take(x, masked), y))
 
 
 @dataclass(frozen=True, eq=False)

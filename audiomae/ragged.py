@@ -106,6 +106,13 @@ class Rows:
     def tokens(self) -> list[int]:
         return [steps * bands for steps, bands in self.grids]
 
+    def masked_after(self, prefix: int) -> Tensor:
+        """(total,) places of the masked tokens among all, where `prefix` tokens stand before each row's."""
+        ids = self.ids_masked[0]
+        if not prefix:
+            return ids
+        return torch.cat([x + prefix * row for row, x in enumerate(ids.split(self.masked), start=1)])
+
     @staticmethod
     def add_prefix(prefix: Sequence[Tensor], x: Tensor, counts: Sequence[int]) -> Tensor:
         """(P, D) of each row before its `counts[i]` tokens of x (total, D)."""

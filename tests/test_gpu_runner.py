@@ -219,7 +219,12 @@ def test_the_steps(rehearse):
     assert {Path(s.command[-1]).name for s in steps.values() if s.name.startswith("device tests")} == files
     assert {name for name, step in steps.items() if step.skip} == {"sanitizer: gsan"}
     assert steps["sanitizer: memcheck"].command[:3] == ["compute-sanitizer", "--tool", "memcheck"]
-    assert {"benchmark: kernels", "benchmark: models", "table of binaries"} <= steps.keys()
+    assert {
+        "benchmark: kernels",
+        "benchmark: models",
+        "benchmark: models, all",
+        "table of binaries",
+    } <= steps.keys()
     for name, step in steps.items():
         if "--device" in step.command:
             assert step.command[step.command.index("--device") + 1] == ("cpu" if rehearse else "cuda"), name
