@@ -1,4 +1,4 @@
-"""The command line: `audiomae doctor | prepare | pretrain | embed | tag | probe | convert | verify`."""
+"""The command line: `audiomae --help` lists the commands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -30,11 +31,12 @@ from .upstream import load_upstream, position_layout, to_upstream
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; errors that a user can mend are printed as one sentence. Returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # pretrain parses its own options, of which configuration files are a part.
-    rest = arguments[1:] if arguments[:1] == ["pretrain"] else []
+    # Training parses its own options, of which configuration files are a part.
+    own = arguments[:1] and arguments[0] in _TRAINING
+    rest = arguments[1:] if own else []
     options = _parser().parse_args(arguments[: len(arguments) - len(rest)])
     try:
-        status = options.run(rest if options.command == "pretrain" else options)
+        status = options.run(rest if own else options)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough; what is still buffered has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,10 +64,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add_prepare(commands)
 
-    pretrain = commands.add_parser(
-        "pretrain", add_help=False, help="a model from recordings, on one machine or many"
-    )
-    pretrain.set_defaults(run=_pretrain)
+    for name, (run, text) in _TRAINING.items():
+        commands.add_parser(name, add_help=False, help=text).set_defaults(run=run)
 
     add_embed_and_tag(commands)
     add_probe(commands)
@@ -162,19 +162,44 @@ def _why_no_gpu() -> str:
     return "torch sees none"
 
 
-# -- pretrain ------------------------------------------------------------------------------------------------
+# -- training ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _training_extra() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"training needs the package {error.name}: install audiomae with its training extra, "
+            "pip install 'audiomae[train]'"
+        ) from error
 
 
 def _pretrain(arguments: Sequence[str]) -> None:
-    try:
+    with _training_extra():
         from .train import pretrain
         from .train.command import parse
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"pre-training needs the package {error.name}: install audiomae with its training extra, "
-            "pip install 'audiomae[train]'"
-        ) from error
     pretrain(parse(arguments))
+
+
+def _finetune(arguments: Sequence[str]) -> None:
+    with _training_extra():
+        from .finetune.command import run_finetune
+    run_finetune(arguments)
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    with _training_extra():
+        from .finetune.command import run_evaluate
+    run_evaluate(arguments)
+
+
+_TRAINING = {
+    "pretrain": (_pretrain, "a model from recordings, on one machine or many"),
+    "finetune": (_finetune, "a classifier from a model and labelled recordings"),
+    "evaluate": (_evaluate, "how good a fine-tuned classifier is, class by class"),
+}
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------

@@ -34,12 +34,16 @@ def create_model(name: str, **overrides: Any) -> MaskedAutoencoder | SSAST:
 
 
 def create_classifier(
-    name: str, num_classes: int, frames: int = 1024, pretrained: str | Path | None = None, **overrides: Any
+    name: str | None,
+    num_classes: int,
+    frames: int = 1024,
+    pretrained: str | Path | None = None,
+    **overrides: Any,
 ) -> Classifier:
     """A classifier on the encoder of a named model.
 
     Args:
-        name: one of `list_models()`.
+        name: one of `list_models()`; None takes the architecture of the pre-trained weights.
         num_classes: outputs of the head.
         frames: length of the clips.
         pretrained: path or hub id of the weights to start from (`load`); their encoder and positions are
@@ -48,18 +52,22 @@ def create_classifier(
             `drop_path=0.1, mask_time=0.2, mask_frequency=0.2`.
 
     Raises:
-        ValueError: an unknown name or field, or pre-trained weights of another architecture.
+        ValueError: an unknown name or field, no name and no weights, or weights of another architecture.
     """
+    if name is None and pretrained is None:
+        raise ValueError(
+            "a classifier needs the name of a model, or pre-trained weights to take its encoder from"
+        )
     source = None if pretrained is None else load(pretrained)
     encoder = model_config(name) if source is None else source.config
-    if source is not None:
+    if source is not None and name is not None:
         _check_same_architecture(model_config(name), overrides, encoder, pretrained)
     fields = {f.name: getattr(encoder, f.name) for f in dataclasses.fields(EncoderConfig)}
     # Audio-MAE pools before its norm, SSAST after it. Pre-training's dropout is not fine-tuning's.
     fields |= {"final_norm": encoder.family == "ssast", **dict.fromkeys(_REGULARISATION, 0.0)}
     if source is None and fields["positions"] == "transposed":
         fields["positions"] = "grid"
-    fields |= {"frames": frames, "frontend": replace(encoder.frontend, frames=frames)}
+    fields |= {"frames": frames, "frontend": replace(encoder.frontend, frames=frames, labels=None)}
     model = Classifier(replace(ClassifierConfig(**fields, num_classes=num_classes), **overrides))
     if source is not None:
         _copy_encoder(source, model)
