@@ -3,6 +3,7 @@
 from .classifier import Classifier
 from .config import ClassifierConfig, MAEConfig, SSASTConfig, list_models
 from .create import create_classifier, create_model, load
+from .embedding import Embedder, Tagger
 from .frontend import Frontend, fbank
 from .masking import Mask
 from .model import MaskedAutoencoder, Output
@@ -13,12 +14,14 @@ __all__ = [
     "SSAST",
     "Classifier",
     "ClassifierConfig",
+    "Embedder",
     "Frontend",
     "MAEConfig",
     "Mask",
     "MaskedAutoencoder",
     "Output",
     "SSASTConfig",
+    "Tagger",
     "create_classifier",
     "create_model",
     "fbank",

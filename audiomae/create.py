@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from .classifier import Classifier
 from .config import ClassifierConfig, EncoderConfig, list_models, model_config, replace, suggest
-from .model import MaskedAutoencoder, SpectrogramModel
+from .masking import Grid
+from .model import MaskedAutoencoder, Positions, SpectrogramModel
 from .pretrained import build, load_folder
 from .ssast import SSAST
 from .upstream import load_upstream
@@ -34,12 +37,16 @@ def create_model(name: str, **overrides: Any) -> MaskedAutoencoder | SSAST:
 
 
 def create_classifier(
-    name: str, num_classes: int, frames: int = 1024, pretrained: str | Path | None = None, **overrides: Any
+    name: str | None,
+    num_classes: int,
+    frames: int = 1024,
+    pretrained: str | Path | None = None,
+    **overrides: Any,
 ) -> Classifier:
     """A classifier on the encoder of a named model.
 
     Args:
-        name: one of `list_models()`.
+        name: one of `list_models()`; None takes the architecture of the pre-trained weights.
         num_classes: outputs of the head.
         frames: length of the clips.
         pretrained: path or hub id of the weights to start from (`load`); their encoder and positions are
@@ -48,18 +55,22 @@ def create_classifier(
             `drop_path=0.1, mask_time=0.2, mask_frequency=0.2`.
 
     Raises:
-        ValueError: an unknown name or field, or pre-trained weights of another architecture.
+        ValueError: an unknown name or field, no name and no weights, or weights of another architecture.
     """
+    if name is None and pretrained is None:
+        raise ValueError(
+            "a classifier needs the name of a model, or pre-trained weights to take its encoder from"
+        )
     source = None if pretrained is None else load(pretrained)
     encoder = model_config(name) if source is None else source.config
-    if source is not None:
+    if source is not None and name is not None:
         _check_same_architecture(model_config(name), overrides, encoder, pretrained)
     fields = {f.name: getattr(encoder, f.name) for f in dataclasses.fields(EncoderConfig)}
     # Audio-MAE pools before its norm, SSAST after it. Pre-training's dropout is not fine-tuning's.
     fields |= {"final_norm": encoder.family == "ssast", **dict.fromkeys(_REGULARISATION, 0.0)}
     if source is None and fields["positions"] == "transposed":
         fields["positions"] = "grid"
-    fields |= {"frames": frames, "frontend": replace(encoder.frontend, frames=frames)}
+    fields |= {"frames": frames, "frontend": replace(encoder.frontend, frames=frames, labels=None)}
     model = Classifier(replace(ClassifierConfig(**fields, num_classes=num_classes), **overrides))
     if source is not None:
         _copy_encoder(source, model)
@@ -83,7 +94,9 @@ def _copy_encoder(source: SpectrogramModel, model: Classifier) -> None:
     own = model.encoder.state_dict()
     for name in [name for name in state if name not in own]:
         del state[name]  # the final norm, where pooling comes before it
-    if "positions.table" in state:
+    if source.encoder.positions.kind == "learned":
+        state["positions.table"] = _resampled(source.encoder.positions, model.encoder.positions.grid)
+    elif "positions.table" in state:
         wanted, found = model.encoder.positions.grid, source.encoder.positions.grid
         if wanted[1] != found[1]:
             raise ValueError(
@@ -99,6 +112,17 @@ def _copy_encoder(source: SpectrogramModel, model: Classifier) -> None:
             state["positions.table"] = torch.cat(source.encoder.positions(wanted))[None]
     model.encoder.load_state_dict(state)
     model.spectrogram_norm.load_state_dict(source.spectrogram_norm.state_dict())
+
+
+@torch.no_grad()
+def _resampled(positions: Positions, wanted: Grid) -> Tensor:
+    """(1, P + L, D): learned positions on another grid, cut in time or interpolated, as SSAST fine-tunes."""
+    grid = (min(wanted[0], positions.grid[0]), positions.grid[1])
+    prefix, table = positions(grid)
+    if grid != wanted:
+        planes = table.T.unflatten(1, grid)[None]  # (1, D, T', F')
+        table = F.interpolate(planes, size=wanted, mode="bilinear", align_corners=False)[0].flatten(1).T
+    return torch.cat((prefix, table))[None]
 
 
 def load(source: str | Path, **overrides: Any) -> SpectrogramModel:

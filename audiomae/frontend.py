@@ -7,7 +7,7 @@ Shapes: B clips, S samples, T frames, N samples per frame, F mel bins.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from itertools import zip_longest
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 __all__ = ["FRONTENDS", "Frontend", "fbank", "num_frames"]
@@ -28,8 +29,8 @@ _LOG_FLOOR = torch.finfo(torch.float32).eps
 # these groups of neighbouring filters multiplies only the bins that it sees.
 _MEL_GROUPS = 8
 
-# Elements of frames in flight. On a CPU they should stay in the cache (2 MiB of float32): there a batch in
-# one piece is several times slower. Elsewhere this only bounds the memory.
+# Elements of frames in flight. On a CPU they should stay in the cache (2 MiB of float32, 6 with all buffers): a batch
+# in one piece is several times slower. Elsewhere this only bounds the memory.
 _BLOCK_CPU, _BLOCK_DEVICE = 2**19, 2**26
 
 
@@ -79,7 +80,7 @@ def _build_constants(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Tensor, list[tuple[int, Tensor]]]:
-    """Window (fft_size,), zero past the frame; (first row, weights) of each group of mel filters.
+    """Window (size,); (first row, weights) of each group of mel filters.
 
     Rows count the FFT's squares as they lie in memory: Re², Im² of bin 0, Re², Im² of bin 1, ...
     """
@@ -107,7 +108,7 @@ def _build_constants(
         columns = rows[:, start:stop].T.repeat_interleave(2, dim=0)
         groups.append((2 * start, columns.to(device, dtype)))
         first = last
-    return functional.pad(taper, (0, fft_size - size)).to(device), groups
+    return taper.to(device), groups
 
 
 @lru_cache(maxsize=64)
@@ -122,10 +123,22 @@ def _constants(*settings: Any) -> tuple[Tensor, list[tuple[int, Tensor]]]:
     return _cached_constants(*settings)
 
 
+def _blocks(waveform: Tensor, size: int, shift: int, fft_size: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """What is computed at a time: which clips, which of their frames, a view (clips, frames, size) of the samples."""
+    frames = waveform.unfold(1, size, shift)
+    count, block = frames.shape[1], _frames_per_block(waveform, fft_size)
+    clips = max(1, block // count)
+    for clip in range(0, len(waveform), clips):
+        for frame in range(0, count, block):
+            where = slice(clip, clip + clips), slice(frame, frame + block)
+            yield *where, frames[where]
+
+
 def _log_mel(
     waveform: Tensor,
     size: int,
     shift: int,
+    fft_size: int,
     window: Tensor,
     groups: list[tuple[int, Tensor]],
     preemphasis: float,
@@ -136,25 +149,59 @@ def _log_mel(
     Up to the FFT the operations and their order are Kaldi's, rounding for rounding: quiet frames amplify
     differences there. After it all terms are positive and any order will do.
     """
-    fft_size = len(window)
-    count = (waveform.shape[1] - size) // shift + 1
-    # Frames as long as the FFT: the window is zero on what they read past their end.
-    missing = max(0, (count - 1) * shift + fft_size - waveform.shape[1])
-    waveform = torch.cat((waveform, waveform.new_zeros(len(waveform), missing)), dim=1)
-    frames = waveform.unfold(1, fft_size, shift)[:, :count]  # (B, T, fft_size): a view
-
-    rows = []
-    for part in frames.split(_frames_per_block(waveform, fft_size), dim=1):
-        x = part - part[..., :size].mean(-1, keepdim=True) if remove_dc_offset else part.clone()
-        previous = preemphasis * x
-        x[..., 1:] -= previous[..., :-1]
-        x[..., :1] -= previous[..., :1]
-        x *= window
-        spectrum = torch.fft.rfft(x).flatten(0, 1)
-        squares = torch.view_as_real(spectrum).flatten(1).square_()  # (B * block, fft_size + 2)
+    blocks = []
+    for _, _, part in _blocks(waveform, size, shift, fft_size):
+        x = part - part.mean(-1, keepdim=True) if remove_dc_offset else part
+        # Every window begins with 0: no frame needs a sample before its first.
+        x = (x[..., 1:] - preemphasis * x[..., :-1]) * window[1:]
+        spectrum = torch.fft.rfft(functional.pad(x, (1, fft_size - size))).flatten(0, 1)
+        squares = torch.view_as_real(spectrum).flatten(1).square_()  # (clips * frames, fft_size + 2)
         mel = torch.cat([squares[:, start : start + len(w)].mm(w) for start, w in groups], dim=1)
-        rows.append(mel.clamp_(min=_LOG_FLOOR).log_().unflatten(0, part.shape[:2]))
-    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        blocks.append(mel.clamp_(min=_LOG_FLOOR).log_())
+    mel = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    return mel.unflatten(0, (len(waveform), -1))
+
+
+def _log_mel_in_place(
+    waveform: Tensor,
+    size: int,
+    shift: int,
+    fft_size: int,
+    window: Tensor,
+    groups: list[tuple[int, Tensor]],
+    preemphasis: float,
+    remove_dc_offset: bool,
+) -> Tensor:
+    """The bits of :func:`_log_mel`, for a CPU: two buffers that stay in its cache, and fewer passes over them."""
+    widths = [w.shape[1] for _, w in groups]
+    mel = waveform.new_empty(len(waveform), (waveform.shape[1] - size) // shift + 1, sum(widths))
+    rows = min(_frames_per_block(waveform, fft_size), mel.shape[0] * mel.shape[1])
+    centred, windowed = waveform.new_empty(rows, size), waveform.new_empty(rows, fft_size)
+    windowed[:, 0], windowed[:, size:] = 0.0, 0.0
+    # The product with 1 keeps the two roundings of the pre-emphasis apart; `sub` with its alpha is a fused operation.
+    one = waveform.new_ones(())
+    for clips, frames, x in _blocks(waveform, size, shift, fft_size):
+        shape, rows = x.shape[:2], x.shape[0] * x.shape[1]
+        if remove_dc_offset:
+            x = torch.sub(x, x.mean(-1, keepdim=True), out=centred[:rows].unflatten(0, shape))
+        y = windowed[:rows, 1:size].unflatten(0, shape)
+        torch.addcmul(x[..., 1:], x[..., :-1], one, value=-preemphasis, out=y)
+        y *= window[1:]
+        squares = torch.view_as_real(torch.fft.rfft(windowed[:rows])).flatten(1).square_()
+        block = mel[clips, frames].flatten(0, 1)
+        for (start, w), columns in zip(groups, block.split(widths, dim=1), strict=True):
+            torch.mm(squares[:, start : start + len(w)], w, out=columns)
+        block.clamp_(min=_LOG_FLOOR).log_()
+        del squares  # the next block's FFT then finds this memory, still in the cache
+    return mel
+
+
+def _is_plain(waveform: Tensor) -> bool:
+    """Whether operations on it may write into buffers: no derivatives, no transforms, nothing that traces them."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and waveform.requires_grad):
+        return False
+    dual = forward_ad.unpack_dual(waveform).tangent is not None
+    return not dual and torch.func.debug_unwrap(waveform) is waveform
 
 
 def _check_waveform(waveform: Tensor) -> None:
@@ -238,15 +285,12 @@ def fbank(
     taper, groups = build(*settings)
 
     batch = waveform if waveform.dim() == 2 else waveform.unsqueeze(0)
-    count = (batch.shape[1] - size) // shift + 1
     if len(batch) == 0:  # which torch's FFT refuses
-        return waveform.new_zeros(0, count, mel_bins)
+        return waveform.new_zeros(0, (batch.shape[1] - size) // shift + 1, mel_bins)
+    in_place = ordinary and device.type == "cpu" and _is_plain(waveform)
+    log_mel = _log_mel_in_place if in_place else _log_mel
     with torch.autocast(device.type, enabled=False):
-        blocks = [
-            _log_mel(clips, size, shift, taper, groups, preemphasis, remove_dc_offset)
-            for clips in batch.split(max(1, _frames_per_block(batch, fft_size) // count))
-        ]
-    mel = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        mel = log_mel(batch.contiguous(), size, shift, fft_size, taper, groups, preemphasis, remove_dc_offset)
     return mel if waveform.dim() == 2 else mel.squeeze(0)
 
 

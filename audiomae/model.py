@@ -82,28 +82,52 @@ def require(impl: str | None, *ops: str) -> None:
 # -- positions -----------------------------------------------------------------------------------------------
 
 
-def sincos_2d(width: int, grid: Grid, transposed: bool = False) -> Tensor:
+def sincos_2d(width: int, grid: Grid, transposed: bool = False, steps: int | None = None) -> Tensor:
     """(L, D) fixed 2-D sin-cos positions: half of D encodes the frequency index, half the time index.
 
     Each half is [sin | cos] of position / 10000^(2i / (D/2)). `transposed` gives Audio-MAE's published table,
     which was built on the grid (F', T') while its tokens run over (T', F'): token i then has the codes of
-    (i % T', i // T') instead of (i % F', i // F'). The codes stay unique.
+    (i % T', i // T') instead of (i % F', i // F'). The codes stay unique. With `steps` there are so many time steps,
+    between the first and the last one of the grid.
     """
-    token = torch.arange(grid[0] * grid[1], dtype=torch.float64)
-    row = grid[0] if transposed else grid[1]
+    time, frequency = _times(grid[0], steps)[:, None], torch.arange(grid[1], dtype=torch.float64)
+    if transposed:
+        token = time * grid[1] + frequency
+        axes = (token % grid[0], token.div(grid[0], rounding_mode="floor"))
+    else:
+        axes = torch.broadcast_tensors(frequency, time)
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     halves = []
-    for position in (token % row, token.div(row, rounding_mode="floor")):
-        angle = position[:, None] * omega
+    for position in axes:
+        angle = position.reshape(-1, 1) * omega
         halves += [angle.sin(), angle.cos()]
     return torch.cat(halves, dim=1).float()
 
 
-def sinusoids_1d(width: int, tokens: int, device: torch.device | None = None) -> Tensor:
-    """(L, D) positions of Vaswani et al. 2017, sin and cos interleaved, in float32 as MAE-AST has them."""
+def _times(old: int, new: int | None) -> Tensor:
+    """(new,) float64 places between the first and the last of `old` steps; these steps themselves for None."""
+    steps = torch.arange(old if new is None else new, dtype=torch.float64)
+    return steps if new is None else steps * ((old - 1) / max(1, new - 1))
+
+
+def sinusoids_1d(width: int, tokens: int | Tensor, device: torch.device | None = None) -> Tensor:
+    """(L, D) positions of Vaswani et al. 2017, sin and cos interleaved, in float32 as MAE-AST has them.
+
+    Of the first so many tokens, or of these places (L,).
+    """
     step = torch.exp(torch.arange(0, width, 2, device=device).float() * (-math.log(10000.0) / width))
-    angle = torch.arange(tokens, device=device).float()[:, None] * step
+    places = tokens if isinstance(tokens, Tensor) else torch.arange(tokens, device=device)
+    angle = places.float()[:, None] * step
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
+
+
+def same_table(given: Tensor, fresh: Tensor) -> bool:
+    """Whether a stored table of positions is the one of a formula."""
+    # The published code rounds angles to float32 on the way; the table may be stored in less than that.
+    atol = max(1e-4, torch.finfo(given.dtype).eps) if given.is_floating_point() else 0.0
+    return given.shape == fresh.shape and torch.allclose(
+        given.float(), fresh.to(given.device), rtol=0, atol=atol
+    )
 
 
 class Positions(nn.Module):
@@ -142,6 +166,31 @@ class Positions(nn.Module):
     def packed(self, grids: Sequence[Grid]) -> Tensor:
         """(total, D): of the tokens of packed rows with these grids."""
         return torch.cat([self(grid)[1] for grid in grids])
+
+    @torch.no_grad()
+    def stretch(self, steps: int) -> None:
+        """Interpolates the table in time to so many steps.
+
+        A table that is a formula's gets the formula's values at fractional steps, any other one is interpolated
+        linearly (as SSAST does).
+        """
+        (old, bands), width, table = self.grid, self.table.shape[2], self.table[0, self.prefix :]
+        transposed = self.kind == "transposed"
+        if self.kind == "flat":
+            places = _times(old, steps)[:, None] * bands + torch.arange(bands, dtype=torch.float64)
+            fresh = sinusoids_1d(width, places.flatten())
+        elif self.kind != "learned" and same_table(table, sincos_2d(width, self.grid, transposed)):
+            fresh = sincos_2d(width, self.grid, transposed, steps)
+        else:
+            columns = table.unflatten(0, self.grid).permute(1, 2, 0).float()  # (F', D, T')
+            fresh = (
+                F.interpolate(columns, steps, mode="linear", align_corners=True)
+                .permute(2, 0, 1)
+                .flatten(0, 1)
+            )
+        stretched = torch.cat([self.table[0, : self.prefix], fresh.to(table)])[None]
+        self.table = nn.Parameter(stretched) if self.kind == "learned" else stretched
+        self.grid = (steps, bands)
 
 
 # -- blocks --------------------------------------------------------------------------------------------------

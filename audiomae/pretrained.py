@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,16 @@ class Upstream:
 def build(config: configs.Config) -> SpectrogramModel:
     """The model of a configuration, freshly initialised."""
     return _MODELS[type(config)](config)
+
+
+def reconfigured(model: SpectrogramModel, **overrides: Any) -> SpectrogramModel:
+    """A copy with some fields of its configuration replaced, which shares the model's tensors.
+
+    For fields that no module keeps a copy of: `pad`, `frames`, `frontend`.
+    """
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    memo |= {id(model.config): configs.replace(model.config, **overrides), id(model.upstream): model.upstream}
+    return copy.deepcopy(model, memo)
 
 
 class PretrainedMixin(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .classifier import Classifier
 from .config import MODELS, ClassifierConfig, Config, MAEConfig, SSASTConfig, replace
-from .model import MAX_FLAT_TOKENS, MaskedAutoencoder, SpectrogramModel, sincos_2d, sinusoids_1d
+from .model import MAX_FLAT_TOKENS, MaskedAutoencoder, SpectrogramModel, same_table, sincos_2d, sinusoids_1d
 from .pretrained import Upstream, build, read_safetensors
 from .ssast import SSAST
 
@@ -379,15 +379,9 @@ def position_layout(table: Tensor, grid: tuple[int, int]) -> str:
     """Which 2-D sin-cos table (1, 1 + L, D) this is: "transposed", "grid", or "unknown" (then used as it is)."""
     for layout in ("transposed", "grid"):
         fresh = sincos_2d(table.shape[2], grid, transposed=layout == "transposed")
-        if _same_table(table[0, 1:], fresh):
+        if same_table(table[0, 1:], fresh):
             return layout
     return "unknown"
-
-
-def _same_table(given: Tensor, fresh: Tensor) -> bool:
-    # The published code rounds angles to float32 on the way; the table may be stored in less than that.
-    atol = max(1e-4, torch.finfo(given.dtype).eps) if given.is_floating_point() else 0.0
-    return given.shape == fresh.shape and torch.allclose(given.float(), fresh, rtol=0, atol=atol)
 
 
 def _infer_ssast(state: State, overrides: dict[str, Any]) -> SSASTConfig:
@@ -434,7 +428,7 @@ def _check_sinusoids(extras: State) -> None:
         if name.endswith("_sine_pos_embed.pe"):
             _, tokens, width = _shape(extras, name, 3)
             tokens = min(tokens, 512)
-            if not _same_table(table[:1, :tokens], sinusoids_1d(width, tokens)[None]):
+            if not same_table(table[:1, :tokens], sinusoids_1d(width, tokens)[None]):
                 raise ValueError(
                     f"{name} does not hold the published sinusoids: this model would read it wrongly"
                 )

@@ -61,3 +61,48 @@ def _poisoned(allocate):
         return tensor
 
     return poisoned
+
+
+# -- the command line ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """kind -> a published file of that kind."""
+    from cli_cases import KINDS, state_dict
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    files = {kind: folder / f"{kind}.pth" for kind in KINDS}
+    for kind, path in files.items():
+        torch.save({"model": state_dict(kind), "epoch": 3}, path)
+    return files
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command; returns its exit status, output and error output."""
+    from audiomae.cli import main
+
+    def run(*arguments):
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse, on --help and on a wrong command line
+            status = stop.code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err and "\x1b" not in err
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(run):
+    """Runs a command that must fail with one sentence about its cause; returns the sentence."""
+
+    def refused(*arguments):
+        status, _, err = run(*arguments)
+        assert status == 1
+        assert err.startswith(f"audiomae {arguments[0]}: ") and err.count("\n") == 1 and len(err) < 400, err
+        return err
+
+    return refused

@@ -111,6 +111,20 @@ def test_a_batch_gives_the_bits_of_each_clip():
         assert torch.equal(fbank(waveform), mel)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("remove_dc_offset", [True, False])
+@pytest.mark.parametrize("window", ["hanning", "povey"])
+def test_with_and_without_a_gradient_the_bits_are_the_same(window, remove_dc_offset):
+    """On a CPU two functions share the work; quiet frames show the rounding of each operation."""
+    batch = torch.stack([clip("faint noise on an offset", 16000), clip("speech-vm-options", 16000)[:16000]])
+    given = batch.clone()
+    settings = {"window": window, "remove_dc_offset": remove_dc_offset}
+    mel = fbank(batch, **settings)
+    assert torch.equal(mel, fbank(batch.clone().requires_grad_(), **settings))
+    assert torch.equal(mel[0], torch.func.vmap(lambda clip: fbank(clip, **settings))(batch)[0])
+    assert torch.equal(batch, given)
+
+
 @pytest.mark.parametrize("block", [2**9, 2**13, 2**16])
 def test_blocks_do_not_show(monkeypatch, block):
     # Short clips share a block, long ones span several: matrix products of other sizes may round another way.

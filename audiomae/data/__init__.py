@@ -1,15 +1,16 @@
 """Recordings: sources of clips, crops and augmentation, batches, shards."""
 
 from audiomae.data.audio import AudioError, decode, load_audio, load_batch, load_crop, recordings
-from audiomae.data.augment import Augment, spectrogram_noise
+from audiomae.data.augment import Augment, smooth, spec_augment, spectrogram_noise
 from audiomae.data.dataset import Batch, ClipDataset, FailureLog, Sample, collate, make_loader
 from audiomae.data.pack import prepare
-from audiomae.data.sampler import ClipSampler
+from audiomae.data.sampler import BalancedSampler, ClipSampler
 from audiomae.data.sources import Clip, Source, open_source
 
 __all__ = [
     "AudioError",
     "Augment",
+    "BalancedSampler",
     "Batch",
     "Clip",
     "ClipDataset",
@@ -26,5 +27,7 @@ __all__ = [
     "open_source",
     "prepare",
     "recordings",
+    "smooth",
+    "spec_augment",
     "spectrogram_noise",
 ]

@@ -1,7 +1,7 @@
 """Augmentation, all of it drawn from a generator that the caller seeds.
 
 On waveforms, by the workers: :class:`Augment`. On normalised spectrograms, on the training device:
-:func:`spectrogram_noise`.
+:func:`spec_augment`, :func:`spectrogram_noise`. On labels: :func:`smooth`.
 """
 
 import math
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Augment", "spectrogram_noise"]
+__all__ = ["Augment", "smooth", "spec_augment", "spectrogram_noise"]
 
 
 @dataclass(frozen=True)
@@ -106,3 +106,42 @@ def spectrogram_noise(spectrogram: Tensor, seeds: Tensor) -> Tensor:
         noise = torch.rand(clip.shape, generator=generator.manual_seed(seed), device=clip.device)
         noisy.append((clip + (noise * level).to(clip.dtype)).roll(shift, dims=0))
     return torch.stack(noisy) if noisy else spectrogram
+
+
+def spec_augment(spectrogram: Tensor, seeds: Tensor, time: int, frequency: int, fill: float = 0.0) -> Tensor:
+    """SpecAugment (Park et al. 2019) as AST, SSAST and Audio-MAE have it: one band of time and one of frequency a clip.
+
+    A width is drawn evenly from 0 to `time` frames (`frequency` bins), then a place for it.
+
+    Args:
+        spectrogram: (B, T, F), on any device; each of the masks is made there.
+        seeds: (B,) int64 on the CPU, :attr:`Batch.seeds`.
+        time, frequency: largest widths; 0 masks nothing.
+        fill: what stands in a band. The published code masks with 0 before it normalises: `-mean / (2 * std)` after.
+
+    Returns:
+        (B, T, F), the dtype of `spectrogram`.
+    """
+    if spectrogram.dim() != 3 or seeds.shape != spectrogram.shape[:1]:
+        raise ValueError(
+            f"spectrogram has shape {tuple(spectrogram.shape)} and seeds {tuple(seeds.shape)}; (batch, frames, bins) "
+            "and (batch,) were expected"
+        )
+    draws = np.array([np.random.default_rng((seed, 2)).random(4) for seed in seeds.tolist()]).reshape(
+        -1, 2, 2
+    )
+    masked = torch.zeros((), dtype=torch.bool, device=spectrogram.device)
+    for axis, widest in ((1, time), (2, frequency)):
+        size = spectrogram.shape[axis]
+        width = draws[:, axis - 1, 0] * min(widest, size)
+        start = (draws[:, axis - 1, 1] * (size - width)).astype(np.int64)
+        edges = torch.from_numpy(np.stack((start, start + width.astype(np.int64)))).to(spectrogram.device)
+        places = torch.arange(size, device=spectrogram.device)
+        band = (places >= edges[0, :, None]) & (places < edges[1, :, None])
+        masked = masked | band.unsqueeze(3 - axis)
+    return spectrogram.masked_fill(masked, fill)
+
+
+def smooth(labels: Tensor, amount: float) -> Tensor:
+    """Label smoothing: (B, C) -> (B, C), `amount` of each clip's labels spread evenly over all classes."""
+    return labels if not amount else labels * (1 - amount) + amount / labels.shape[1]

@@ -130,6 +130,7 @@ class ClipDataset(Dataset):
         frontend: whose sample rate and length the crops get.
         augment: see :class:`Augment`.
         random_crop: False takes the start of each recording.
+        seconds: longest crop, where the front end's frames would take more.
         seed: of everything drawn.
 
     Raises:
@@ -143,6 +144,7 @@ class ClipDataset(Dataset):
         *,
         augment: Augment | None = None,
         random_crop: bool = True,
+        seconds: float | None = None,
         seed: int = 0,
     ):
         if not sources:
@@ -161,6 +163,8 @@ class ClipDataset(Dataset):
         self._ends = np.cumsum([len(source) for source in sources])
         self.shortest, _, _ = frontend._frame_sizes
         self.crop = crop_samples(frontend)
+        if seconds is not None:
+            self.crop = min(self.crop, round(seconds * frontend.sample_rate))
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -1,5 +1,6 @@
 """Which clips an epoch has, in which order, on which rank."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch.utils.data import Sampler
 
 from audiomae.data.sources import Source
 
-__all__ = ["ClipSampler"]
+__all__ = ["BalancedSampler", "ClipSampler"]
 
 
 class ClipSampler(Sampler[list[tuple[int, int]]]):
@@ -74,16 +75,20 @@ class ClipSampler(Sampler[list[tuple[int, int]]]):
         self._counts = [
             max(1, round(size * weight)) for size, weight in zip(self.sizes, weights, strict=True)
         ]
-        self._clips = sum(self._counts)
-        self._whole, self._rest = divmod(self._clips, batch_size * world_size)
-        if self._clips < world_size:
+        self._divide(sum(self._counts))
+
+    def _divide(self, clips: int) -> None:
+        """An epoch of so many clips, in global batches."""
+        batch_size, world_size = self.batch_size, self.world_size
+        self._whole, self._rest = divmod(clips, batch_size * world_size)
+        if clips < world_size:
             raise ValueError(
-                f"an epoch has {self._clips} clips for {world_size} ranks; expected at least one each. Start fewer "
+                f"an epoch has {clips} clips for {world_size} ranks; expected at least one each. Start fewer "
                 "processes, or give more data"
             )
-        if drop_last and not self._whole:
+        if self.drop_last and not self._whole:
             raise ValueError(
-                f"an epoch of {self._clips} clips does not fill one batch of {batch_size} on {world_size} ranks; "
+                f"an epoch of {clips} clips does not fill one batch of {batch_size} on {world_size} ranks; "
                 "lower the batch size, or keep the rest (drop_last=False)"
             )
 
@@ -169,3 +174,66 @@ class ClipSampler(Sampler[list[tuple[int, int]]]):
             return batch
         rest = np.array_split(keys[self._whole * size * ranks :], ranks)[self.rank]
         return rest if number == self._whole else np.concatenate((batch, rest))
+
+
+class BalancedSampler(ClipSampler):
+    """Rare classes as often as common ones: clips drawn by weight, the sum over their labels of 1000 / (count + 0.01).
+
+    The counts are those of the labels in the sources, and the weights those of AST, SSAST and Audio-MAE. An epoch is a
+    draw anew. Its clips come in crops and augmentations of their own, however often one is drawn.
+
+    Args:
+        sources: labelled ones.
+        clips: drawn per epoch; None draws as many as there are.
+        replacement: draw a clip several times in an epoch, perhaps. Without it each comes once at most, so that
+            `clips` must be less than there are for the draw to balance anything.
+        batch_size, seed, rank, world_size, drop_last: as for :class:`ClipSampler`.
+
+    Raises:
+        ValueError: nothing is labelled, or there is nothing to choose from.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        clips: int | None = None,
+        replacement: bool = False,
+        **options: Any,
+    ):
+        super().__init__(sources, **options)
+        total, self.replacement = sum(self.sizes), replacement
+        self.clips = total if clips is None else clips
+        if not all(source.label_names for source in sources):
+            raise ValueError("balanced sampling needs labels, and a source has none")
+        counts = sum(source.label_counts() for source in sources)
+        shares = np.divide(1000.0, counts + 0.01)
+        self._weight = np.concatenate([source.label_sums(shares) for source in sources])
+        drawable = int(np.count_nonzero(self._weight))
+        if not replacement and self.clips >= drawable:
+            raise ValueError(
+                f"{self.clips} of {drawable} labelled clips per epoch, each once at most, leave nothing to balance; "
+                "draw fewer, or with replacement"
+            )
+        if not drawable:
+            raise ValueError("balanced sampling needs labels, and no clip has any")
+        self._divide(self.clips)
+
+    def state_dict(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self._weight.tobytes()).hexdigest()
+        return super().state_dict() | {
+            "clips": self.clips, "replacement": self.replacement, "balance": digest,
+        }  # fmt: skip
+
+    def _order(self, epoch: int) -> np.ndarray:
+        random = np.random.default_rng((self.seed, 3, epoch))
+        if self.replacement:
+            ends = self._weight.cumsum()
+            drawn = ends.searchsorted(random.random(self.clips) * ends[-1], side="right")
+        else:  # the first of exponential waiting times: a weighted draw without replacement
+            with np.errstate(divide="ignore"):
+                times = random.exponential(size=len(self._weight)) / self._weight
+            drawn = np.argsort(times, kind="stable")[: self.clips]
+        # No two draws have the same key, or they would have the same crop.
+        turns = np.arange(epoch * self.clips, (epoch + 1) * self.clips)
+        return np.stack((turns, drawn), axis=1)

@@ -94,6 +94,15 @@ class Source(Sequence):
             int(self._rates[index]) or None,
         )
 
+    def label_counts(self) -> np.ndarray:
+        """(C,) int64: clips of each label."""
+        return np.bincount(self._labels, minlength=len(self.label_names))
+
+    def label_sums(self, values: np.ndarray) -> np.ndarray:
+        """(clips,) float64: the sum of a clip's labels' values, of (C,) `values`."""
+        sums = np.concatenate(([0.0], np.cumsum(values[self._labels], dtype=np.float64)))
+        return sums[self._label_ends[1:]] - sums[self._label_ends[:-1]]
+
     def file(self, index: int) -> str | BinaryIO:
         """What :func:`load_crop` opens: a path, or a binary file that the caller closes."""
         return self[index].path

@@ -1,13 +1,15 @@
-"""Pre-training: configuration and recipes, the loop, checkpoints, many processes."""
+"""Training: configuration and recipes, the loop, checkpoints, many processes; pre-training."""
 
 from .checkpoints import Checkpoints
 from .config import RECIPES, TrainConfig
-from .loop import Trainer, TrainingError, pretrain
+from .loop import Loop, TrainingError
 from .picture import draw_reconstruction, reconstruct
+from .pretraining import Trainer, pretrain
 
 __all__ = [
     "RECIPES",
     "Checkpoints",
+    "Loop",
     "TrainConfig",
     "Trainer",
     "TrainingError",

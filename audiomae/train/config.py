@@ -1,4 +1,4 @@
-"""What a pre-training run is made of: one typed configuration, and the published recipes by name."""
+"""What a run is made of: one typed configuration, and the published recipes of pre-training by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ..config import suggest
 from ..data import Augment
@@ -18,25 +18,23 @@ WARMUP = 3 / 33
 
 
 @dataclass
-class TrainConfig:
-    """A pre-training run.
+class RunConfig:
+    """What every run has, pre-training and fine-tuning alike.
 
     Attributes:
         model: a name (`audiomae.list_models()`), or a path or hub id of weights to go on from
         model_overrides: fields of the model's configuration, for example {frames: 512, mask_ratio: 0.75}
         mean: of the data set's log-mel values (`audiomae prepare` prints it), in place of the model's own
         std: likewise, the standard deviation
-        data: a folder of audio, an AST manifest (.json), an MAE-AST manifest (.tsv), or shards; give it once for each
-            source
-        data_weight: how many times an epoch goes over each source, in the order of --data; default: once
-        val_data: sources whose loss is measured every --val-every steps, whole and in order
-        out: folder of the run: config.yaml, metrics.jsonl, checkpoints, pictures, and in the end the model
+        data: recordings
+        val_data: recordings that are evaluated every --val-every steps
+        out: folder of the run: config.yaml, metrics.jsonl, checkpoints, and in the end the model
         steps: optimizer steps of the whole run
         epochs: or passes over the data
         batch_size: clips per process and micro-batch
         accumulate: micro-batches per optimizer step
         lr: highest learning rate, absolute
-        base_lr: or relative: times (batch size x accumulate x processes) / 256; default: 2e-4
+        base_lr: or relative: times (batch size x accumulate x processes) / 256
         min_lr: where the schedule ends
         warmup_steps: steps in which the rate rises from 0
         warmup_epochs: or epochs; default: 3/33 of the run
@@ -55,19 +53,22 @@ class TrainConfig:
         save_every: steps between checkpoints
         keep: how many of the last checkpoints are kept, beside the best
         val_every: steps between validations; default: save_every
-        picture_every: steps between pictures of a reconstruction; default: save_every; 0 draws none
         resume: go on from the newest complete checkpoint in --out, or start if there is none
         fsdp: shard weights, gradients and optimizer state over the processes (FSDP2) instead of replicating them (DDP)
         device: cpu, cuda, or auto: cuda where there is one
         recipe: published settings by name; what else is given replaces them
     """
 
+    #: Published settings by name; the base rate where neither `lr` nor `base_lr` is given; what `check` asks for.
+    recipes: ClassVar[dict[str, dict[str, Any]]] = {}
+    default_base_lr: ClassVar[float] = BASE_LR
+    needed: ClassVar[dict[str, str]] = {"data": "recordings", "out": "a folder for the run"}
+
     model: str | None = None
     model_overrides: dict[str, Any] = field(default_factory=dict)
     mean: float | None = None
     std: float | None = None
     data: list[str] = field(default_factory=list)
-    data_weight: list[float] = field(default_factory=list)
     val_data: list[str] = field(default_factory=list)
     out: str | None = None
     steps: int | None = None
@@ -93,7 +94,6 @@ class TrainConfig:
     save_every: int = 1000
     keep: int = 3
     val_every: int | None = None
-    picture_every: int | None = None
     resume: bool = False
     fsdp: bool = False
     device: str = "auto"
@@ -105,7 +105,7 @@ class TrainConfig:
         Raises:
             ValueError: something is missing, out of range, or given twice.
         """
-        for name, what in (("model", "a model"), ("data", "recordings"), ("out", "a folder for the run")):
+        for name, what in self.needed.items():
             if not getattr(self, name):
                 raise ValueError(
                     f"there is no {option(name)}: name {what} with it, or in the configuration file"
@@ -118,13 +118,9 @@ class TrainConfig:
         if self.steps is None and self.epochs is None:
             raise ValueError("how long to train is not said: give --steps or --epochs")
         least = {"batch_size": 1, "accumulate": 1, "log_every": 1, "save_every": 1, "keep": 1, "steps": 0}
-        least |= {"val_every": 1, "picture_every": 0, "workers": 0, "seed": 0, "warmup_steps": 0}
+        least |= {"val_every": 1, "workers": 0, "seed": 0, "warmup_steps": 0}
         for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= bound):
-                raise ValueError(
-                    f"{option(name)} is {value!r}, but a whole number of at least {bound} was expected"
-                )
+            check_least(name, getattr(self, name), bound)
         for name in (
             "lr",
             "base_lr",
@@ -140,24 +136,14 @@ class TrainConfig:
                 raise ValueError(f"{option(name)} is {value!r}, but a number of at least 0 was expected")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"--betas are {self.betas}, but two numbers in [0, 1) were expected")
-        if self.data_weight and len(self.data_weight) != len(self.data):
-            raise ValueError(
-                f"there are {len(self.data)} --data and {len(self.data_weight)} --data-weight: give one weight for "
-                "each source, or none"
-            )
         if (self.mean is None) != (self.std is None):
             raise ValueError("--mean and --std belong together: give both, or neither")
-        if self.schedule == "plateau" and not self.val_data:
-            raise ValueError(
-                "--schedule plateau halves the rate when the validation loss stops falling: give --val-data, or "
-                "choose another schedule"
-            )
 
     def learning_rate(self, processes: int) -> float:
         """The highest, of a run with so many processes."""
         if self.lr is not None:
             return self.lr
-        base = BASE_LR if self.base_lr is None else self.base_lr
+        base = self.default_base_lr if self.base_lr is None else self.base_lr
         return base * self.batch_size * self.accumulate * processes / 256
 
     def total_steps(self, batches: int) -> int:
@@ -185,7 +171,7 @@ class TrainConfig:
         return plain(dataclasses.asdict(self))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
         """The configuration whose :meth:`to_dict` is `values`; fields left out keep their defaults."""
         known = [f.name for f in dataclasses.fields(cls)]
         if unknown := [name for name in values if name not in known]:
@@ -201,6 +187,55 @@ class TrainConfig:
     def folder(self) -> Path:
         return Path(self.out)
 
+    @classmethod
+    def of_recipe(cls, name: str | None, task: str | None = None) -> dict[str, Any]:
+        """The settings of a recipe; nothing without a name.
+
+        Raises:
+            ValueError: there is none of that name; near ones are suggested.
+        """
+        if name is None:
+            return {}
+        if name not in cls.recipes:
+            raise ValueError(
+                f"there is no recipe {name!r}{suggest(name, cls.recipes)}; there are {', '.join(cls.recipes)}"
+            )
+        return {**cls.recipes[name], "recipe": name}
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """A pre-training run.
+
+    Attributes:
+        data: a folder of audio, an AST manifest (.json), an MAE-AST manifest (.tsv), or shards; give it once for each
+            source
+        data_weight: how many times an epoch goes over each source, in the order of --data; default: once
+        val_data: sources whose loss is measured every --val-every steps, whole and in order
+        out: folder of the run: config.yaml, metrics.jsonl, checkpoints, pictures, and in the end the model
+        base_lr: or relative: times (batch size x accumulate x processes) / 256; default: 2e-4
+        picture_every: steps between pictures of a reconstruction; default: save_every; 0 draws none
+    """
+
+    data_weight: list[float] = field(default_factory=list)
+    picture_every: int | None = None
+
+    needed = {"model": "a model"} | RunConfig.needed
+
+    def check(self) -> None:
+        super().check()
+        check_least("picture_every", self.picture_every, 0)
+        if self.schedule == "plateau" and not self.val_data:
+            raise ValueError(
+                "--schedule plateau halves the rate when the validation loss stops falling: give --val-data, or "
+                "choose another schedule"
+            )
+        if self.data_weight and len(self.data_weight) != len(self.data):
+            raise ValueError(
+                f"there are {len(self.data)} --data and {len(self.data_weight)} --data-weight: give one weight for "
+                "each source, or none"
+            )
+
 
 #: Settings of which a run has one or the other.
 EITHER = (("steps", "epochs"), ("lr", "base_lr"), ("warmup_steps", "warmup_epochs"))
@@ -209,6 +244,12 @@ EITHER = (("steps", "epochs"), ("lr", "base_lr"), ("warmup_steps", "warmup_epoch
 def option(name: str) -> str:
     """A field's name on the command line."""
     return "--" + name.replace("_", "-")
+
+
+def check_least(name: str, value: Any, bound: int) -> None:
+    """Refuses what is given and no whole number of at least `bound`."""
+    if value is not None and not (isinstance(value, int) and value >= bound):
+        raise ValueError(f"{option(name)} is {value!r}, but a whole number of at least {bound} was expected")
 
 
 _MAE_AST = {
@@ -262,14 +303,4 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe(name: str) -> dict[str, Any]:
-    """The settings of a recipe.
-
-    Raises:
-        ValueError: there is none of that name; near ones are suggested.
-    """
-    if name not in RECIPES:
-        raise ValueError(
-            f"there is no recipe {name!r}{suggest(name, RECIPES)}; there are {', '.join(RECIPES)}"
-        )
-    return {**RECIPES[name], "recipe": name}
+TrainConfig.recipes = RECIPES

@@ -1,4 +1,4 @@
-"""The training loop."""
+"""The loop of a run, whatever it trains: steps, signals, checkpoints, many processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,15 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.utils.data import DataLoader
 
-from ..config import list_models
-from ..create import create_model, load
-from ..data import Batch, ClipDataset, ClipSampler, FailureLog, collate, make_loader, open_source
+from ..data import Batch, ClipDataset, ClipSampler, FailureLog, make_loader
 from ..masking import Mask
-from ..model import MaskedAutoencoder, SpectrogramModel
+from ..model import SpectrogramModel
 from ..pretrained import build, check_weights
-from ..ssast import SSAST
 from .checkpoints import Checkpoint, Checkpoints, read_state, replace_file, replace_folder, write_state
-from .config import TrainConfig
+from .config import RunConfig
 from .log import Log
-from .picture import draw_reconstruction, reconstruct
 from .processes import Processes, StopSignal, distribute, ignore_signals, synchronise
 
 STATE = "state.pt"
@@ -47,7 +43,7 @@ _OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # What a random stream is for; crops and order are the data's.
-_MASKS, _VALIDATION_MASKS, _DROPOUT, _PICTURE = 3, 4, 5, 6
+MASKS, VALIDATION_MASKS, DROPOUT, PICTURE = 3, 4, 5, 6
 
 
 class TrainingError(RuntimeError):
@@ -82,32 +78,26 @@ def schedule(kind: str, step: int, total: int, warmup: int, lr: float, min_lr: f
     return min_lr + (lr - min_lr) * share
 
 
-def pretrain(config: TrainConfig) -> Path | None:
-    """Run or go on with a pre-training.
-
-    Returns:
-        The folder with the model; None if the run was asked to end before its last step, and has saved.
-
-    Raises:
-        ValueError: a setting, a source or a model is wrong.
-        OSError: the folder of the run cannot be written.
-        TrainingError: the loss is NaN or infinite.
-    """
-    config.check()
-    with StopSignal() as stop, Processes(config.device) as processes:
-        return Trainer(config, processes).train(stop)
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Products in bf16 or fp16; nothing for fp32."""
+    dtype = _DTYPES.get(precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-class Trainer:
+class Loop:
     """A run: everything that a checkpoint holds, and the loop around it.
 
+    What is trained, on what, and how it is measured are the subclass's: `_create`, `_open_data`, `_losses`,
+    `_weights`, `_validate`.
+
     Attributes:
+        config, processes, device: of the run.
         model: as it was created; `wrapped` is what training calls (DDP or FSDP2 may be around it).
         step: optimizer steps made.
         total, warmup, lr: of the whole run.
     """
 
-    def __init__(self, config: TrainConfig, processes: Processes):
+    def __init__(self, config: RunConfig, processes: Processes):
         config.check()
         self.config, self.processes, self.device = config, processes, processes.device
         self.checkpoints = Checkpoints(config.folder / "checkpoints", config.keep)
@@ -116,9 +106,9 @@ class Trainer:
                 f"{config.out} holds a run already: go on with it with --resume, or choose another --out"
             )
         _seed(config.seed)  # the same weights in every process
-        self.model = _model(config)
+        self.model = self._create()
         self.frontend = self.model.config.frontend
-        self._open_data()
+        self.sampler, self.loader, self.val_loader = self._open_data()
         self.model.to(self.device).train()
         self.wrapped = distribute(self.model, processes, config.fsdp)
         self.optimizer = self._optimizer()
@@ -129,45 +119,74 @@ class Trainer:
         self.warmup = config.warmup(len(self.sampler))
         self.lr = config.learning_rate(processes.world_size)
         self.failures = FailureLog()
-        self.val_loss: float | None = None
-        _seed(_entropy(config.seed, _DROPOUT, processes.rank))  # and different dropout
+        self.metric: float | None = None  # of the newest validation; the lower the better
+        _seed(_entropy(config.seed, DROPOUT, processes.rank))  # and different dropout
 
-    def _open_data(self) -> None:
-        c, processes = self.config, self.processes
-        ranks = {"batch_size": c.batch_size, "rank": processes.rank, "world_size": processes.world_size}
-        sources = [_unlabelled(spec) for spec in c.data]
-        dataset = ClipDataset(sources, self.frontend, augment=c.augment, seed=c.seed)
-        self.sampler = ClipSampler(sources, weights=c.data_weight or None, seed=c.seed, **ranks)
-        self.loader = self._loader(dataset, self.sampler)
-        self.val_loader, shown = None, sources
-        if c.val_data:
-            shown = [_unlabelled(spec) for spec in c.val_data]
-            dataset = ClipDataset(shown, self.frontend, random_crop=False, seed=c.seed)
-            self.val_loader = self._loader(
-                dataset, ClipSampler(shown, shuffle=False, drop_last=False, **ranks)
-            )
-        self.shown = ClipDataset(shown, self.frontend, random_crop=False, seed=c.seed)
+    def _create(self) -> SpectrogramModel:
+        """The model, on the CPU."""
+        raise NotImplementedError
 
-    def _loader(self, dataset: ClipDataset, sampler: ClipSampler) -> torch.utils.data.DataLoader:
+    def _open_data(self) -> tuple[ClipSampler, DataLoader, DataLoader | None]:
+        """Of training: sampler and loader; of validation: a loader, or None."""
+        raise NotImplementedError
+
+    def _losses(self, batch: Batch, inputs: tuple) -> dict[str, Tensor]:
+        """`loss`, which is minimised, and what else is logged with it; calls `wrapped`."""
+        raise NotImplementedError
+
+    def _weights(self, masks: list) -> list[float]:
+        """Of the micro-batches' losses, such that the mean over the processes is the joined batch's."""
+        return [1 / len(masks)] * len(masks)
+
+    def _validate(self) -> None:
+        """Measure on `val_loader`; sets `metric`."""
+        raise NotImplementedError
+
+    def _draw(self) -> None:
+        """Pictures for people, every `picture_every` steps."""
+
+    @property
+    def _ranks(self) -> dict[str, int]:
+        """What a sampler needs to know of the processes."""
+        processes = self.processes
+        return {
+            "batch_size": self.config.batch_size, "rank": processes.rank, "world_size": processes.world_size,
+        }  # fmt: skip
+
+    def _loader(self, dataset: ClipDataset, sampler: ClipSampler) -> DataLoader:
         loader = make_loader(dataset, sampler, self.config.workers, pin_memory=self.device.type == "cuda")
         loader.worker_init_fn = ignore_signals
         return loader
 
     def _optimizer(self) -> torch.optim.Optimizer:
         c = self.config
+        return _OPTIMIZERS[c.optimizer](self._groups(), lr=0.0, betas=c.betas, eps=c.eps, fused=True)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups of parameters; `lr_scale` of a group scales the schedule's rate."""
         skip = self.model.no_weight_decay()
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         groups = [
-            {"params": [p for name, p in named if name not in skip], "weight_decay": c.weight_decay},
+            {
+                "params": [p for name, p in named if name not in skip],
+                "weight_decay": self.config.weight_decay,
+            },
             {"params": [p for name, p in named if name in skip], "weight_decay": 0.0},
         ]
-        groups = [group for group in groups if group["params"]]
-        return _OPTIMIZERS[c.optimizer](groups, lr=0.0, betas=c.betas, eps=c.eps, fused=True)
+        return [group for group in groups if group["params"]]
 
     # -- the loop --------------------------------------------------------------------------------------------
 
     def train(self, stop: StopSignal) -> Path | None:
-        """To the last step, or to a signal; see :func:`pretrain`."""
+        """To the last step, or to a signal.
+
+        Returns:
+            The folder with the model; None if the run was asked to end before its last step, and has saved.
+
+        Raises:
+            OSError: the folder of the run cannot be written.
+            TrainingError: the loss is NaN or infinite.
+        """
         c = self.config
         self._together(self._prepare_folder)
         if c.resume:
@@ -184,8 +203,7 @@ class Trainer:
 
     def _train(self, stop: StopSignal) -> bool:
         c = self.config
-        val_every, picture_every = c.val_every or c.save_every, c.picture_every
-        picture_every = c.save_every if picture_every is None else picture_every
+        val_every, save_every, picture_every = self._every()
         batches = self._batches()
         self._began = self._restart_interval()
         while self.step < self.total:
@@ -204,7 +222,7 @@ class Trainer:
             last = self.step == self.total
             side = False
             validates = self.val_loader is not None and (last or self.step % val_every == 0)
-            saves = last or self.step % c.save_every == 0
+            saves = last or self.step % save_every == 0
             if saves or self.step % c.log_every == 0:
                 self._log_interval()
             if validates:
@@ -220,6 +238,11 @@ class Trainer:
                 self._restart_interval()
         return True
 
+    def _every(self) -> tuple[int, int, int]:
+        """Steps between validations, checkpoints and pictures; 0 pictures are none."""
+        c = self.config
+        return c.val_every or c.save_every, c.save_every, 0
+
     def _batches(self) -> Iterator[Batch]:
         while True:
             for batch in self.loader:
@@ -227,30 +250,34 @@ class Trainer:
                 yield batch
 
     def _step(self, micro: list[Batch]) -> None:
-        c = self.config
-        lr = self.lr * self.plateau.factor
-        lr = schedule(c.schedule, self.step, self.total, self.warmup, lr, c.min_lr)
+        self.rate = self._rate()
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        inputs = [self._inputs(batch, _MASKS, self.step, i) for i, batch in enumerate(micro)]
+            group["lr"] = self.rate * group.get("lr_scale", 1.0)
+        inputs = [self._inputs(batch, MASKS, self.step, i) for i, batch in enumerate(micro)]
         weights = self._weights([mask for _, mask, _ in inputs])
         for i, (batch, weight) in enumerate(zip(micro, weights, strict=True)):
             self.failures.add(batch.failures)
             with synchronise(self.wrapped, last=i == len(micro) - 1):
                 with self._autocast():
-                    out = self.wrapped(*inputs[i])
-                self.scaler.scale(out.loss * weight).backward()
-            for name, value in {"loss": out.loss, **out.losses}.items():
+                    losses = self._losses(batch, inputs[i])
+                self.scaler.scale(losses["loss"] * weight).backward()
+            for name, value in losses.items():
                 value = value.detach().double() * weight
                 self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._clips += len(batch)
         self.scaler.unscale_(self.optimizer)
         self._norm = self._gradient_norm()
-        if c.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), c.clip_grad, self._norm)
+        if (limit := self.config.clip_grad) is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, self._norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _rate(self) -> float:
+        """The learning rate of this step."""
+        c = self.config
+        lr = self.lr * self.plateau.factor
+        return schedule(c.schedule, self.step, self.total, self.warmup, lr, c.min_lr)
 
     def _gradient_norm(self) -> Tensor:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -260,12 +287,15 @@ class Trainer:
         self, batch: Batch, *stream: int, random_start: bool = True
     ) -> tuple[Tensor, Mask | tuple[Mask, ...], list[int]]:
         """What the model takes: (B, T, F) on the device, masks, and each clip's number of valid frames."""
+        spectrogram, frames = self._spectrogram(batch, random_start)
+        return spectrogram, self._mask(spectrogram, frames, *stream), frames
+
+    def _spectrogram(self, batch: Batch, random_start: bool = False) -> tuple[Tensor, list[int]]:
         waveform, lengths = batch.waveform.to(self.device, non_blocking=True), batch.lengths
         if self.frontend.frames is None and self.model.config.pad == "attend":
             waveform, lengths = _cut_to_shortest(waveform, lengths, batch.seeds if random_start else None)
         spectrogram = self.frontend(waveform, lengths)
-        frames = self.frontend.num_frames(lengths).tolist()
-        return spectrogram, self._mask(spectrogram, frames, *stream), frames
+        return spectrogram, self.frontend.num_frames(lengths).tolist()
 
     def _mask(self, spectrogram: Tensor, frames: list[int], *stream: int) -> Mask | tuple[Mask, ...]:
         """This process's rows of the masks of all processes: they do not depend on how many there are.
@@ -289,22 +319,8 @@ class Trainer:
         passes = getattr(self.model.config, "passes", 1)
         return draw() if passes == 1 else tuple(draw() for _ in range(passes))
 
-    def _weights(self, masks: list[Mask | tuple[Mask, ...]]) -> list[float]:
-        """Of the micro-batches' losses, such that the mean over the processes is the joined batch's.
-
-        Losses are means over masked tokens. These are equally many in each micro-batch, unless clips keep their own
-        lengths.
-        """
-        if self.model.config.pad == "attend":
-            return [1 / len(masks)] * len(masks)
-        last = [mask[-1] if isinstance(mask, tuple) else mask for mask in masks]
-        counts = [sum(mask.masked) for mask in last]
-        total = self.processes.sum(torch.tensor(sum(counts))).item()
-        return [count * self.processes.world_size / max(1, total) for count in counts]
-
     def _autocast(self) -> AbstractContextManager:
-        dtype = _DTYPES.get(self.config.precision)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        return autocast(self.device, self.config.precision)
 
     # -- what it tells ---------------------------------------------------------------------------------------
 
@@ -317,8 +333,6 @@ class Trainer:
             f"{c.model}, {count:.1f} M parameters, {sum(self.sampler.sizes)} clips, {start}to step {self.total}, "
             f"{c.batch_size * c.accumulate * ranks} clips per step, on {self.device}, {c.precision}{how}"
         )
-        if self.processes.first and c.picture_every != 0 and find_spec("matplotlib") is None:
-            self.log.say("no pictures: matplotlib is not installed")
 
     def _restart_interval(self) -> float:
         self._sums: dict[str, Tensor] = {}
@@ -335,7 +349,7 @@ class Trainer:
         summed = self.processes.sum(torch.cat([values, extra])).tolist()
         losses = {n: v / self.processes.world_size for n, v in zip(names, summed, strict=False)}
         norm = self._norm.item()
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = self.rate
         speed = summed[-2] / (time.perf_counter() - self._mark)
         finite = all(math.isfinite(loss) for loss in losses.values())
         self.log.metrics(
@@ -373,39 +387,6 @@ class Trainer:
             yield
         self.model.train()
 
-    def _validate(self) -> None:
-        total: dict[str, Tensor] = {}
-        clips = 0
-        with self._aside():
-            for number, batch in enumerate(self.val_loader):
-                self.failures.add(batch.failures)
-                out = self.model(*self._inputs(batch, _VALIDATION_MASKS, number, random_start=False))
-                for name, value in {"loss": out.loss, **out.losses}.items():
-                    total[name] = total.get(name, 0.0) + value.double() * len(batch)
-                clips += len(batch)
-        values = torch.stack(list(total.values()))
-        values = self.processes.sum(torch.cat([values, values.new_tensor([clips])])).tolist()
-        losses = {f"val_{name}": value / values[-1] for name, value in zip(total, values, strict=False)}
-        self.val_loss = losses["val_loss"]
-        self.plateau.update(self.val_loss)
-        self.log.metrics(self.step, **losses)
-        self.log.say(f"step {self.step}: validation loss {self.val_loss:.4f}")
-
-    def _draw(self) -> None:
-        """A picture of what the model makes of the first clips. Under FSDP2 every process takes part."""
-        if not self.model.config.reconstruction_weight or not (self.config.fsdp or self.processes.first):
-            return
-        if self.processes.first and find_spec("matplotlib") is None and not self.config.fsdp:
-            return
-        batch = collate([self.shown[0, i] for i in range(min(3, len(self.shown)))])
-        with self._aside():
-            spectrogram, _, _ = self._inputs(batch, _PICTURE, random_start=False)
-            images = reconstruct(self.model, spectrogram)
-        if self.processes.first and find_spec("matplotlib") is not None:
-            folder = self.config.folder / "pictures"
-            folder.mkdir(exist_ok=True)
-            draw_reconstruction(folder / f"step-{self.step:08d}.png", *images, title=f"step {self.step}")
-
     # -- what it keeps ---------------------------------------------------------------------------------------
 
     def _together(self, function: Callable[[], object], everywhere: bool = False) -> None:
@@ -417,6 +398,13 @@ class Trainer:
             except Exception as caught:
                 error = caught
         self.processes.agree(error)
+
+    def _own_state(self) -> dict[str, Any]:
+        """What a subclass adds to a checkpoint."""
+        return {}
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        """Likewise, taken back."""
 
     def _path(self) -> Path:
         return self.checkpoints.folder / f"step-{self.saved:08d}"
@@ -430,6 +418,7 @@ class Trainer:
             "plateau": vars(self.plateau),
             "random": self.processes.gather(_random_state(self.device)),
             "fsdp": self.config.fsdp,
+            **self._own_state(),
         }
         folder, partial = self.checkpoints, self.checkpoints.partial(self.step)
 
@@ -447,7 +436,7 @@ class Trainer:
             self._together(explained(dcp.save, sharded, checkpoint_id=partial), everywhere=True)
         else:
             state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        metric = self.train_loss if self.val_loader is None else self.val_loss
+        metric = self.train_loss if self.val_loader is None else self.metric
         self._together(explained(write_state, partial / STATE, state))
         self._together(explained(folder.finish, self.step, metric))
         self.saved = self.step
@@ -466,6 +455,7 @@ class Trainer:
         self.sampler.load_state_dict(state["sampler"])
         self.scaler.load_state_dict(state["scaler"])
         self.plateau = Plateau(**state["plateau"])
+        self._load_own_state(state)
         self.step = self.saved = state["step"]
         if len(state["random"]) == self.processes.world_size:  # with another number dropout starts anew
             _set_random_state(state["random"][self.processes.rank], self.device)
@@ -521,26 +511,6 @@ class Trainer:
 
         self._together(write)
         self.log.say(f"wrote {folder}")
-
-
-def _model(config: TrainConfig) -> SpectrogramModel:
-    make = create_model if config.model in list_models() else load
-    model = make(config.model, **config.model_overrides)
-    c = model.config
-    if not isinstance(model, (MaskedAutoencoder, SSAST)) or getattr(c, "decoder", None) == "none":
-        raise ValueError(
-            f"{config.model} is a {type(model).__name__} without a decoder or heads to pre-train"
-        )
-    if config.mean is not None:
-        c.frontend = replace(c.frontend, mean=config.mean, std=config.std)
-    return model
-
-
-def _unlabelled(spec: str) -> Any:
-    """A source; sources with different label names may be joined, since labels are not used."""
-    source = open_source(spec)
-    source.label_names = ()
-    return source
 
 
 def _cut_to_shortest(waveform: Tensor, lengths: Tensor, seeds: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,227 @@
+"""Evaluation: what a classifier makes of a split, each clip once, in one process or in many."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..classifier import Classifier
+from ..create import load
+from ..data import Batch, ClipDataset, ClipSampler, FailureLog, make_loader
+from ..train.loop import autocast
+from ..train.processes import Processes, ignore_signals
+from .config import EvaluateConfig, TuneConfig
+from .metrics import Report, measure, write_report
+from .tasks import TASKS
+
+_log = logging.getLogger("audiomae.finetune")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of a split, in its order; the same in every process.
+
+    Attributes:
+        logits: (N, C) float32.
+        targets: (N, C) float32, 1 where a label holds.
+        indices: (N,) int64, clips of the split.
+        unreadable: clips that could not be read, and are left out.
+    """
+
+    logits: np.ndarray
+    targets: np.ndarray
+    indices: np.ndarray
+    unreadable: int
+
+
+@torch.no_grad()
+def predict(
+    model: Classifier,
+    loader: DataLoader,
+    spectrogram_of: Callable[[Batch], tuple[Tensor, list[int]]],
+    processes: Processes,
+    failures: FailureLog,
+) -> Predictions:
+    """What a model in evaluation mode makes of all clips of a loader whose sampler deals them out, each to one process.
+
+    Raises:
+        ValueError: none of the clips could be read.
+    """
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    unreadable = 0
+    for batch in loader:
+        failures.add(batch.failures)
+        spectrogram, frames = spectrogram_of(batch)
+        logits = model(spectrogram, lengths=frames).logits.float().cpu()
+        # Another clip stood in for what could not be read: that is no measurement.
+        dataset, failed = loader.dataset, {failure.path for failure in batch.failures}
+        read = torch.tensor([dataset.sources[0][i].path not in failed for i in batch.indices.tolist()])
+        unreadable += int((~read).sum())
+        rows.append((logits[read], batch.labels[read], batch.indices[read]))
+    gathered = processes.gather((*(torch.cat(part).numpy() for part in zip(*rows, strict=True)), unreadable))
+    logits, targets, indices = (np.concatenate([part[i] for part in gathered]) for i in range(3))
+    unreadable = sum(part[3] for part in gathered)
+    if not len(indices):
+        raise ValueError(f"none of the {unreadable} clips of {loader.dataset.sources[0].name} could be read")
+    if unreadable and processes.first:
+        _log.warning(
+            "%d clips of %s could not be read and are left out", unreadable, loader.dataset.sources[0].name
+        )
+    order = np.argsort(indices)
+    return Predictions(logits[order], targets[order], indices[order], unreadable)
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Report]:
+    """Measure a fine-tuned model; of a run of all folds, each fold's model on its own fold.
+
+    Writes `metrics.json`, `per_class.csv` and `confusion.png`, and prints a table.
+
+    Returns:
+        A report for each fold; "" is the key where there are none.
+
+    Raises:
+        ValueError: a setting, the model or the data set is wrong.
+        OSError: the results cannot be written.
+    """
+    config.check()
+    with Processes(config.device) as processes:
+        folder = Path(config.model)
+        fold = config.fold
+        if fold is None and (folder / "fold-1").is_dir():
+            fold = "all"
+        if fold == "all":
+            folds = sorted(path for path in folder.glob("fold-*") if path.is_dir())
+            if not folds:
+                raise ValueError(f"--fold all needs the folder of a run of all folds, and {folder} is none")
+            runs = {path.name.removeprefix("fold-"): path for path in folds}
+        else:
+            inside = folder / f"fold-{fold}"
+            runs = {fold or "": inside if inside.is_dir() else folder}
+        reports, task = {}, None
+        for number, path in runs.items():
+            task, number, reports_of = _evaluate_one(config, path, number or None, processes)
+            reports[number or ""] = reports_of
+        title = f"{TASKS[task].title}, {config.split}" + (
+            f", fold {fold}" if fold not in (None, "all") else ""
+        )
+        out = (
+            Path(config.out) if config.out else (folder if folder.is_dir() else folder.parent) / config.split
+        )
+        tell(reports, title, out, processes)
+    return reports
+
+
+def _evaluate_one(
+    config: EvaluateConfig, path: Path, fold: str | None, processes: Processes
+) -> tuple[str, str | None, Report]:
+    run, source = {}, path
+    for folder in (path, path.parent):  # of the run, or the folder with its model
+        if (folder / "config.yaml").is_file() and (folder / "model").is_dir():
+            run, source = _run_settings(folder / "config.yaml"), folder / "model"
+            break
+    if path.is_dir() and not run and (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"{path} holds a run that has not come to its end: go on with it, with audiomae finetune --resume"
+        )
+    task = config.task or run.get("task")
+    data, val_data = config.data or run.get("data", []), config.val_data or run.get("val_data", [])
+    fold = fold or run.get("fold")
+    for name, value in (("task", task), ("data", data)):
+        if not value:
+            raise ValueError(
+                f"there is no --{name}, and {path} is no run of audiomae finetune that would say it"
+            )
+    model = load(source if source.exists() else str(config.model))
+    if not isinstance(model, Classifier):
+        raise ValueError(
+            f"{source} holds a {type(model).__name__}, which has no classes yet: fine-tune it first, with audiomae "
+            "finetune --pretrained"
+        )
+    splits = TASKS[task].open(data, val_data, None if fold is None else int(fold))
+    names = model.config.frontend.labels or splits.label_names
+    if model.config.num_classes != len(splits.label_names) or names != splits.label_names:
+        raise ValueError(
+            f"{source} tells {model.config.num_classes} classes apart ({', '.join(names[:3])}, ...), but "
+            f"{TASKS[task].title} has {len(splits.label_names)} ({', '.join(splits.label_names[:3])}, ...)"
+        )
+    split, frontend = splits[config.split], model.config.frontend
+    dataset = ClipDataset([split], frontend, random_crop=False, seconds=TASKS[task].seconds)
+    sampler = ClipSampler(
+        [split], batch_size=config.batch_size, shuffle=False, drop_last=False,
+        rank=processes.rank, world_size=processes.world_size,
+    )  # fmt: skip
+    loader = make_loader(dataset, sampler, config.workers, pin_memory=processes.device.type == "cuda")
+    loader.worker_init_fn = ignore_signals
+
+    def spectrogram_of(batch: Batch) -> tuple[Tensor, list[int]]:
+        waveform = batch.waveform.to(processes.device, non_blocking=True)
+        return frontend(waveform, batch.lengths), frontend.num_frames(batch.lengths).tolist()
+
+    model.to(processes.device).eval()
+    with autocast(processes.device, config.precision):
+        found = predict(model, loader, spectrogram_of, processes, FailureLog())
+    return task, fold, measure(found.logits, found.targets, splits.label_names, splits.multi_label)
+
+
+def _run_settings(path: Path) -> dict[str, Any]:
+    try:
+        return TuneConfig.from_dict(yaml.safe_load(path.read_text())).to_dict()
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return {}  # a run of pre-training: its model says so better
+
+
+def tell(reports: Mapping[str, Report], title: str, folder: Path, processes: Processes) -> None:
+    """Write reports of one or several folds, and print their table; in the first process."""
+    error = None
+    if processes.first:
+        try:
+            for fold, report in reports.items():
+                write_report(folder / f"fold-{fold}" if len(reports) > 1 else folder, report, title)
+            if len(reports) > 1:
+                (folder / "metrics.json").write_text(json.dumps(summary(reports), indent=2) + "\n")
+        except (OSError, ImportError) as caught:
+            error = OSError(f"{folder} could not be written: {caught}")
+        print(table(reports, title), flush=True)
+        print(f"wrote {folder}", flush=True)
+    processes.agree(error)
+
+
+def summary(reports: Mapping[str, Report]) -> dict[str, Any]:
+    """Of several folds: the main metric's mean, its standard deviation between folds, and its values."""
+    values = {fold: report.value for fold, report in reports.items()}
+    main = next(iter(reports.values())).main
+    return {
+        "metric": main,
+        "mean": float(np.mean(list(values.values()))),
+        "std": float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else 0.0,
+        "folds": values,
+    }
+
+
+def table(reports: Mapping[str, Report], title: str) -> str:
+    """For people: a line per fold, and their mean."""
+    lines = [title]
+    for fold, report in reports.items():
+        m = report.metrics
+        name = f"fold {fold}  " if len(reports) > 1 else ""
+        empty = m["classes"] - m["classes_with_clips"]
+        note = f", {empty} of them without a clip here" if empty else ""
+        lines.append(
+            f"  {name}{report.main} {report.value:.4f}  ({m['clips']} clips, {m['classes']} classes{note})"
+        )
+    if len(reports) > 1:
+        found = summary(reports)
+        lines.append(
+            f"  mean    {found['metric']} {found['mean']:.4f} (standard deviation {found['std']:.4f})"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,250 @@
+"""`audiomae probe`: how well frozen embeddings tell labelled recordings apart, by a linear layer and by neighbours.
+
+Both are deterministic: the clips of each class are dealt out to the folds by a seeded permutation, and the linear
+layer's objective is convex.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .data import AudioError, open_source
+from .embedding import Embedder
+from .options import (
+    Recording,
+    add_any_length,
+    add_model,
+    check_device,
+    check_writable,
+    layer,
+    load_batches,
+    open_model,
+    positive,
+    replacing,
+)
+
+__all__ = ["LinearProbe", "folds", "labelled_folder", "nearest_neighbours", "probe"]
+
+DECAYS = tuple(10.0**k for k in range(-6, 0))
+
+
+def labelled_folder(folder: Path) -> tuple[list[Recording], list[int], list[str]]:
+    """Recordings, class numbers and class names of a folder that holds a folder for each class.
+
+    Raises:
+        AudioError: fewer than two classes, or a class without recordings.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(names) < 2:
+        raise AudioError(f"{folder}: should hold a folder of recordings for each of two or more classes")
+    recordings, labels = [], []
+    for number, name in enumerate(names):
+        source = open_source(folder / name)
+        recordings += [Recording(source[i].path, source, i) for i in range(len(source))]
+        labels += [number] * len(source)
+    return recordings, labels, names
+
+
+def folds(labels: Tensor, number: int, seed: int = 0) -> Tensor:
+    """(N,) the fold of each clip: each class is spread over all folds as evenly as can be.
+
+    Raises:
+        ValueError: fewer than two folds, or a class with fewer clips than folds.
+    """
+    counts = labels.bincount()
+    fewest = int(counts[counts > 0].min())
+    if not 2 <= number <= fewest:
+        raise ValueError(
+            f"{number} folds need at least 2, and as many recordings of each class: the rarest has {fewest}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    fold = torch.empty_like(labels)
+    for label in range(len(counts)):
+        members = (labels == label).nonzero().flatten()
+        shuffled = members[torch.randperm(len(members), generator=generator)]
+        # Each class begins where the last one ended, so that the folds are of one size.
+        fold[shuffled] = (torch.arange(len(members)) + int(counts[:label].sum())) % number
+    return fold
+
+
+class LinearProbe:
+    """Multinomial logistic regression on standardised features, by L-BFGS in float64.
+
+    Attributes:
+        weight: (D + 1, classes), the bias last.
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor, classes: int, decay: float):
+        self.mean, self.scale = features.mean(0), features.std(0) + 1e-6
+        self.weight = torch.zeros(features.shape[1] + 1, classes, dtype=torch.float64, requires_grad=True)
+        x = self._standardised(features)
+        optimizer = torch.optim.LBFGS([self.weight], max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = F.cross_entropy(x @ self.weight, labels) + decay * self.weight[:-1].square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        self.weight.requires_grad_(False)
+
+    def _standardised(self, features: Tensor) -> Tensor:
+        return F.pad((features - self.mean) / self.scale, (0, 1), value=1.0).double()
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(N, D) -> (N,) class numbers."""
+        return (self._standardised(features) @ self.weight).argmax(dim=1)
+
+    @classmethod
+    def best(cls, features: Tensor, labels: Tensor, classes: int) -> LinearProbe:
+        """With the weight decay that does best on every fourth clip of each class, held out."""
+        held = torch.zeros(len(labels), dtype=torch.bool)
+        for label in labels.unique():
+            held[(labels == label).nonzero().flatten()[3::4]] = True
+        scores = []
+        if held.any():
+            for decay in DECAYS:
+                model = cls(features[~held], labels[~held], classes, decay)
+                scores.append((model(features[held]) == labels[held]).double().mean())
+        # With too few clips to choose by, the strongest; of equally good ones the strongest too.
+        chosen = max(range(len(scores)), key=lambda i: (scores[i], i)) if scores else len(DECAYS) - 1
+        return cls(features, labels, classes, DECAYS[chosen])
+
+
+def nearest_neighbours(features: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int) -> Tensor:
+    """(N, D), (N,), (M, D) -> (M,): the vote of the k most similar clips, weighted by their cosine similarity."""
+    mean = features.mean(dim=0)
+    near, index = (F.normalize(queries - mean) @ F.normalize(features - mean).T).topk(min(k, len(features)))
+    votes = near.new_zeros(len(queries), classes).scatter_add(1, labels[index], near.clamp(min=0) + 1e-6)
+    return votes.argmax(dim=1)
+
+
+def probe(
+    features: Tensor,
+    labels: Sequence[int],
+    *,
+    method: str = "linear",
+    number: int = 5,
+    k: int = 10,
+    seed: int = 0,
+) -> list[float]:
+    """Accuracy on each fold of a classifier fitted to the other folds.
+
+    Args:
+        features: (N, D), one embedding a clip.
+        labels: N class numbers from 0.
+        method: "linear" or "knn" (of the `k` nearest).
+        number: of folds.
+        seed: of the folds.
+
+    Raises:
+        ValueError: an unknown method, or too many folds for the rarest class.
+    """
+    if method not in ("linear", "knn"):
+        raise ValueError(f"method must be 'linear' or 'knn', got {method!r}")
+    features, labels = features.cpu().float(), torch.as_tensor(labels)
+    classes, fold = int(labels.max()) + 1, folds(labels, number, seed)
+    accuracies = []
+    for i in range(number):
+        test = fold == i
+        if method == "linear":
+            predicted = LinearProbe.best(features[~test], labels[~test], classes)(features[test])
+        else:
+            predicted = nearest_neighbours(features[~test], labels[~test], features[test], classes, k)
+        accuracies.append((predicted == labels[test]).double().mean().item())
+    return accuracies
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser(
+        "probe",
+        help="how well frozen embeddings tell the classes of a folder apart",
+        description="Embeds a folder that holds a folder of recordings for each class, and measures the accuracy of "
+        "a linear layer or of the nearest neighbours on frozen embeddings by cross-validation. Folds are drawn clip "
+        "by clip: where several clips were cut from one recording, the figure is too good.",
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="with a folder of recordings for each class"
+    )
+    parser.add_argument("--method", choices=("linear", "knn"), default="linear", help="default: %(default)s")
+    parser.add_argument("--folds", type=positive, default=5, help="default: %(default)s")
+    parser.add_argument("--neighbours", type=positive, default=10, help="of knn; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the folds; default: %(default)s")
+    parser.add_argument("--layer", type=layer, default="last", help="as of embed; default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="write the figures here too")
+    add_any_length(parser)
+    add_model(parser)
+    parser.set_defaults(run=_probe)
+
+
+def _probe(options: argparse.Namespace) -> int:
+    if not options.folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {options.folder}")
+    if options.out is not None:
+        check_writable(options.out)
+    recordings, labels, names = labelled_folder(options.folder)
+    folds(torch.tensor(labels), options.folds, options.seed)
+    device = check_device(options.device)
+    embedder = Embedder(
+        open_model(options.model, options, random="a baseline").float(),
+        layer=options.layer,
+        long=options.long,
+        batch_size=options.batch_size,
+        device=device,
+    )
+    number = {recording.name: label for recording, label in zip(recordings, labels, strict=True)}
+    failed: list[str] = []
+    rows, kept = [], []
+    for good, waveforms in load_batches(
+        recordings, embedder.sample_rate, options.batch_size, "probe", failed
+    ):
+        rows.append(embedder(waveforms).cpu())
+        kept += [number[recording.name] for recording in good]
+    if not rows:
+        raise ValueError(f"none of {len(recordings)} recordings in {options.folder} could be used")
+    accuracies = probe(
+        torch.cat(rows),
+        kept,
+        method=options.method,
+        number=options.folds,
+        k=options.neighbours,
+        seed=options.seed,
+    )
+    mean, std = torch.tensor(accuracies).mean().item(), torch.tensor(accuracies).std().item()
+    chance = max(kept.count(label) for label in set(kept)) / len(kept)
+    for i, accuracy in enumerate(accuracies):
+        print(f"fold {i + 1}  {accuracy:.1%}")
+    print(
+        f"{options.method}: {mean:.1%} (standard deviation over folds {std:.1%}) of {len(kept)} clips in "
+        f"{len(names)} classes; the largest class alone is {chance:.1%}"
+    )
+    if options.out is not None:
+        figures = {
+            "folder": str(options.folder),
+            "model": options.model,
+            "method": options.method,
+            "layer": options.layer,
+            "seed": options.seed,
+            "clips": len(kept),
+            "classes": names,
+            "left_out": failed,
+            "accuracies": accuracies,
+            "accuracy": mean,
+            "largest_class": chance,
+        }
+        with replacing(options.out) as temporary:
+            temporary.write_text(json.dumps(figures, indent=2) + "\n")
+        print(f"wrote {options.out}")
+    return 1 if failed else 0

@@ -1,0 +1,125 @@
+"""Every task on a tiny data set in the real one's layout: fine-tuned, evaluated, interrupted, resumed, evaluated."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+
+import labelled
+import pytest
+from labelled import run, settings_of, small
+from pretraining import assert_same_bits, state_of
+
+import audiomae
+from audiomae.finetune import TASKS, Tuner
+from audiomae.train import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHORT = ["--frames", "48"]
+#: name: (builder, words, clips of the test split, labels)
+CASES = {
+    "as20k": (labelled.audioset, SHORT, 5, 4),
+    "as2m": (lambda root: labelled.audioset(root, full=True), [*SHORT, "--epoch-clips", "12"], 5, 4),
+    "esc50": (labelled.esc50, [*SHORT, "--fold", "2"], 5, 5),
+    "spc2": (lambda root: labelled.speech_commands(root, 2), SHORT, 35, 35),
+    "spc1": (lambda root: labelled.speech_commands(root, 1), SHORT, 12, 12),
+    "voxceleb1": (labelled.voxceleb1, SHORT, 6, 3),
+    "iemocap": (labelled.iemocap, [*SHORT, "--fold", "5"], 10, 4),
+    "custom": (labelled.class_folders, SHORT, 3, 3),
+    "custom-csv": (labelled.csv_file, SHORT, 3, 3),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """name -> the data set, written once."""
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = CASES[name][0](tmp_path_factory.mktemp(name) / "data")
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """Sends this process SIGTERM in the middle of a step; -1 no more."""
+    whole = Tuner._step
+
+    def signalled(step):
+
+        def interrupted(self, micro):
+            if self.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            whole(self, micro)
+
+        monkeypatch.setattr(Tuner, "_step", interrupted)
+
+    yield signalled
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tune_evaluate_interrupt_resume_evaluate(folders, tmp_path, signalled, capsys, name):
+    _, words, clips, classes = CASES[name]
+    task = name.split("-")[0]
+    words = ["--task", task, *words]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(*small(folders(name), whole, *words)) == 0
+    capsys.readouterr()
+    metrics = json.loads((whole / "test" / "metrics.json").read_text())
+    assert (metrics["clips"], metrics["classes"]) == (clips, classes)
+
+    signalled(1)
+    assert run(*small(folders(name), parts, *words, "--resume")) == 0
+    assert "asked to end (SIGTERM) at step 2" in capsys.readouterr().out
+    assert not (parts / "model").exists() and Checkpoints(parts / "checkpoints").latest().step == 2
+    assert run("evaluate", "--model", parts) == 1
+    assert "has not come to its end" in capsys.readouterr().err
+    signalled(-1)
+    assert run(*small(folders(name), parts, *words, "--resume")) == 0
+    assert_same_bits(state_of(parts, 4), state_of(whole, 4))
+    models = [audiomae.load(out / "model") for out in (parts, whole)]
+    assert_same_bits(*(model.state_dict() for model in models))
+    assert len(models[0].config.frontend.labels) == classes
+
+    shutil.rmtree(parts / "test")
+    for out in (parts, parts / "model"):
+        assert run("evaluate", "--model", out, "--workers", 0, "--device", "cpu", "--batch-size", 3) == 0
+    assert TASKS[task].title in capsys.readouterr().out
+    again = json.loads((parts / "test" / "metrics.json").read_text())
+    assert again == pytest.approx(metrics, abs=1e-6)
+    with (parts / "test" / "per_class.csv").open() as file:
+        assert [row["label"] for row in csv.DictReader(file)] == list(models[0].config.frontend.labels)
+    assert (parts / "test" / "confusion.png").stat().st_size > 1000
+
+
+def test_all_folds(folders, tmp_path, capsys, signalled):
+    """A run for each, their mean; one that was interrupted goes on."""
+    out = tmp_path / "run"
+    words = small(
+        folders("esc50"), out, "--task", "esc50", "--frames", 48, "--fold", "all", "--resume", steps=2
+    )
+    signalled(1)
+    assert run(*words) == 0 and not (out / "test").exists()
+    signalled(-1)
+    assert run(*words) == 0
+    found = json.loads((out / "test" / "metrics.json").read_text())
+    assert list(found["folds"]) == list("12345") and found["metric"] == "accuracy"
+    assert found["mean"] == pytest.approx(sum(found["folds"].values()) / 5)
+    assert settings_of(out / "fold-3")["fold"] == "3"
+    capsys.readouterr()
+    assert (
+        run("evaluate", "--model", out, "--workers", 0, "--device", "cpu", "--out", tmp_path / "again") == 0
+    )
+    assert "mean    accuracy" in capsys.readouterr().out
+    assert json.loads((tmp_path / "again" / "metrics.json").read_text()) == found
+    assert (tmp_path / "again" / "fold-4" / "per_class.csv").exists()
+    assert run("evaluate", "--model", out, "--fold", 2, "--workers", 0, "--device", "cpu") == 0
+    assert "fold 2" in capsys.readouterr().out
+    assert run("evaluate", "--model", out / "fold-1", "--fold", "all") == 1
+    assert "needs the folder of a run of all folds" in capsys.readouterr().err
