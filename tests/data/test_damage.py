@@ -21,6 +21,7 @@ from audiomae.data import (
     ClipSampler,
     FailureLog,
     Source,
+    audio,
     collate,
     make_loader,
     open_source,
@@ -76,14 +77,19 @@ def test_left_out_of_shards(case, tmp_path):
     assert len(manifest["skipped"]) == 1 and manifest["skipped"][0].startswith(f"{bad}: ")
 
 
-def test_ten_hours_are_one_clip_like_any_other(tmp_path):
+def test_ten_hours_are_one_clip_like_any_other(tmp_path, monkeypatch):
+    """Only a crop of them is ever in memory, whatever has to be resampled."""
+    asked, read = [], audio._Soundfile.read
+    monkeypatch.setattr(audio._Soundfile, "read", lambda *given: asked.append(given[2]) or read(*given))
     source = Source("test", [Clip(str(ten_hours(tmp_path / "long.wav")))])
     start = time.perf_counter()
     for frontend in (FRONTEND, Frontend.named("mae_ast")):
-        sample = ClipDataset([source], frontend)[0, 0]
-        assert not sample.failures and len(sample.waveform) == (
-            250_000 if frontend.frames is None else 400 + 31 * 160
-        )
+        for epoch in range(5):
+            sample = ClipDataset([source], frontend)[epoch, 0]
+            expected = 250_000 if frontend.frames is None else 400 + 31 * 160
+            assert not sample.failures and len(sample.waveform) == expected
+            assert sample.waveform.untyped_storage().nbytes() < 2 * 4 * expected
+            assert asked.pop() < expected and not asked  # 8 kHz: half of it, and the filter's margins
     assert time.perf_counter() - start < 5
 
 
