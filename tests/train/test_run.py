@@ -89,6 +89,15 @@ def test_a_killed_worker_ends_the_run(clips, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "checkpoints" / "step-00000003" / "complete.json").exists()
 
 
+def test_workers_end_with_the_run(clips, tmp_path):
+    """Whoever holds on to the error: they ignore SIGTERM, and Python would wait for them when it ends."""
+    before = set(multiprocessing.active_children())
+    settings = {"workers": 1, "val_data": [str(clips)], "val_every": 1}
+    with pytest.raises(TrainingError) as held:
+        pretrain(tiny(clips, tmp_path / "run", lr=1e20, warmup_steps=4, **settings))
+    assert set(multiprocessing.active_children()) <= before and held.traceback
+
+
 def test_batches_cut_to_the_shortest_clip():
     """MAE-AST's collation: a random part of the longer clips, nothing filled up; below two seconds zeros."""
     lengths = torch.tensor([50_000, 40_000, 45_000])
