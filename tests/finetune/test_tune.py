@@ -1,7 +1,9 @@
 """What a step and a run of fine-tuning are: rates by layer, losses, averaged weights, the weights that are kept."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import labelled
@@ -242,6 +244,28 @@ def test_the_best_by_the_metric_on_the_validation_split(data, tmp_path, monkeypa
     weights = audiomae.load(finetune(run_)).state_dict()
     assert Checkpoints(tmp_path / "run" / "checkpoints").best().step == 2
     assert_same_bits(weights, state_of(run_.out, kept)["model"])
+
+
+def test_stopped_between_validations(data, tmp_path, monkeypatch):
+    """What was saved there was not measured, and does not become the model."""
+    settings = {"steps": 6, "val_every": 2, "save_every": 2, "select": "best", "lr": 1e-2}
+    measured, step = Tuner._validate, Tuner._step
+
+    def validate(self):
+        measured(self)
+        self.metric = -{2: 0.9, 4: 0.5, 6: 0.7}[self.step]
+
+    def interrupted(self, micro):
+        step(self, micro)
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Tuner, "_validate", validate)
+    finetune(config(data["one"], tmp_path / "whole", **settings))
+    monkeypatch.setattr(Tuner, "_step", interrupted)
+    assert finetune(config(data["one"], tmp_path / "parts", **settings)) is None
+    finetune(config(data["one"], tmp_path / "parts", **settings, resume=True))
+    assert_same_bits(*(audiomae.load(tmp_path / name / "model").state_dict() for name in ("parts", "whole")))
 
 
 def test_without_a_validation_split_the_last_weights_are_kept(data, tmp_path):
