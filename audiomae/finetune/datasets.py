@@ -300,7 +300,13 @@ def speech_commands_v1(data: Sequence[str], val_data: Sequence[str], fold: int |
     root = _root(Path(data[0]).expanduser(), title, SPEECH_COMMANDS_V1, inside, needs)
     labels = (*KEYWORDS, "_silence_", "_unknown_")
     tests = root.parent / "speech_commands_test_set_v0.01"
-    _root(root.parent, title, SPEECH_COMMANDS_V1, (), (tests.name, *(f"{tests.name}/{label}" for label in labels)))
+    _root(
+        root.parent,
+        title,
+        SPEECH_COMMANDS_V1,
+        (),
+        (tests.name, *(f"{tests.name}/{label}" for label in labels)),
+    )
     noise = [(str(path), "_silence_") for path in sorted((root / "_background_noise_").glob("*.wav"))]
     if not noise:
         raise AudioError(f"{root}/_background_noise_: holds no recordings. {title} is {SPEECH_COMMANDS_V1}")

@@ -330,7 +330,7 @@ class Loop:
         start = f"from step {self.step} " if self.step else ""
         how = "" if ranks == 1 else f" in {ranks} processes ({'FSDP2' if c.fsdp else 'DDP'})"
         self.log.say(
-            f"{c.model}, {count:.1f} M parameters, {sum(self.sampler.sizes)} clips, {start}to step {self.total}, "
+            f"{c.start}, {count:.1f} M parameters, {sum(self.sampler.sizes)} clips, {start}to step {self.total}, "
             f"{c.batch_size * c.accumulate * ranks} clips per step, on {self.device}, {c.precision}{how}"
         )
 

@@ -106,7 +106,9 @@ def test_a_signal_before_anything_was_measured(clips, tmp_path, signalled):
     config = tiny(clips, tmp_path / "run", log_every=100, save_every=100)
     signalled(2, signal.SIGTERM)
     assert pretrain(config) is None
-    assert [(c.step, c.metric) for c in Checkpoints(tmp_path / "run" / "checkpoints").complete()] == [(3, None)]
+    assert [(c.step, c.metric) for c in Checkpoints(tmp_path / "run" / "checkpoints").complete()] == [
+        (3, None)
+    ]
 
 
 def killed(config, moments, seed):
