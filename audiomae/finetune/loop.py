@@ -84,6 +84,11 @@ class Tuner(Loop):
         if config.ema is not None:
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         elif config.average_from is not None:
+            if config.average_from * self._epoch > self.total:
+                raise ValueError(
+                    f"--average-from {config.average_from} is never reached: the run ends in epoch "
+                    f"{self.total / self._epoch:.3g}. Name an earlier epoch, or null for no average"
+                )
             self.average = AveragedModel(self.model, multi_avg_fn=get_swa_multi_avg_fn())
 
     def _create(self) -> Classifier:

@@ -222,6 +222,12 @@ def test_stopped_and_resumed_equals_not_stopped(data, tmp_path, monkeypatch, cas
     assert_same_bits(*(audiomae.load(Path(c.out) / "model").state_dict() for c in (parts, whole)))
 
 
+def test_an_average_that_never_comes(data, tmp_path):
+    with pytest.raises(ValueError, match="--average-from 3 is never reached: the run ends in epoch 2"):
+        finetune(config(data["many"], tmp_path / "run", average_from=3))
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_with_another_average(data, tmp_path):
     finetune(config(data["one"], tmp_path / "run", steps=1))
     with pytest.raises(ValueError, match="holds a run without averaged weights: go on with the same --ema"):
@@ -346,6 +352,9 @@ def test_a_published_fine_tuned_checkpoint(tmp_path, capsys):
     assert "has no classes yet: fine-tune it first" in capsys.readouterr().err
     assert run("evaluate", "--model", tmp_path / "ours") == 1
     assert "there is no --task" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert run(*words, tmp_path / "ours", "--out", tmp_path / "file" / "x") == 1
+    assert "cannot be written: Not a directory; choose another folder" in capsys.readouterr().err
     esc = labelled.esc50(tmp_path / "esc")
     assert run("evaluate", "--model", tmp_path / "ours", "--task", "esc50", "--data", esc, "--fold", 1) == 1
     assert "tells 4 classes apart" in capsys.readouterr().err
