@@ -50,7 +50,8 @@ class Splits:
     def __getitem__(self, split: str) -> Source:
         source = getattr(self, split)
         if source is None:
-            raise AudioError(f"{self.train.name} has no {split} split")
+            there = ", ".join(name for name in SPLITS if getattr(self, name) is not None)
+            raise AudioError(f"{self.train.name}: there is no {split} split, only {there}")
         return source
 
 
