@@ -390,8 +390,14 @@ def iemocap(data: Sequence[str], val_data: Sequence[str], fold: int | None) -> S
 
 def _iemocap_session(root: Path, session: int) -> list[tuple[str, str]]:
     datasets = _torchaudio_datasets("IEMOCAP")
-    with TemporaryDirectory() as folder:  # torchaudio looks below a folder of this name only
-        Path(folder, "IEMOCAP").symlink_to(root.resolve(), target_is_directory=True)
+    place = root.resolve() / f"Session{session}"
+    # torchaudio looks below a folder named IEMOCAP, and trips over the files ._*.txt that the release has.
+    with TemporaryDirectory() as folder:
+        labels = Path(folder, "IEMOCAP", place.name, "dialog", "EmoEvaluation")
+        labels.mkdir(parents=True)
+        (labels.parents[1] / "sentences").symlink_to(place / "sentences", target_is_directory=True)
+        for file in sorted((place / "dialog" / "EmoEvaluation").glob("[!.]*.txt")):
+            (labels / file.name).symlink_to(file)
         found = datasets.IEMOCAP(folder, sessions=(session,))
         items = [found.get_metadata(i) for i in range(len(found))]
     return [(str(root / path), _EMOTIONS[label]) for path, _, _, label, _ in items if label in _EMOTIONS]
