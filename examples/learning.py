@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -182,57 +183,102 @@ def probe(features, labels, train, test):
     return accuracy(features[test], labels[test], weight)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+@dataclass
+class Recordings:
+    """What is learned from: a folder with a folder of recordings for each label.
+
+    Attributes:
+        folder, paths, names: where they are; the names of the labels.
+        labels: (clips,) int64, the number of each recording's label.
+        mean, std: of all log-mel values.
+        inputs: (clips, frames, 128), normalised.
+    """
+
+    folder: Path
+    paths: list
+    labels: torch.Tensor
+    names: list
+    mean: float
+    std: float
+    inputs: torch.Tensor
+
+    @property
+    def chance(self):
+        return self.labels.bincount().max().item() / len(self.labels)
+
+    def halves(self, seed):
+        """Numbers of the clips to pre-train and train the probe on, and of those to test on."""
+        order = torch.randperm(len(self.paths), generator=torch.Generator().manual_seed(seed))
+        return order[: len(order) // 2], order[len(order) // 2 :]
+
+
+def add_options(parser, out, steps):
     parser.add_argument("--data", type=Path, help="a folder with a folder of recordings for each label")
-    parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path(out), help="default: %(default)s")
     parser.add_argument(
         "--clips", type=int, default=120, help="synthetic clips per class; default: %(default)s"
     )
-    parser.add_argument("--steps", type=int, default=400, help="of pre-training; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=steps, help="of pre-training; default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+
+
+def prepare(options):
+    """The recordings of --data, or synthetic ones in --out."""
     folder = options.data
     if folder is None:
         folder = options.out / "sounds"
         shutil.rmtree(folder, ignore_errors=True)
         write_sounds(folder, options.clips)
     paths, labels, names = labelled(folder)
-
     raw = spectrograms(paths[:: max(1, len(paths) // 300)], audiomae.Frontend())
     mean, std = raw.mean().item(), raw.std().item()
-    frontend = audiomae.Frontend(mean=mean, std=std, frames=FRAMES)
-    inputs = spectrograms(paths, frontend)
+    inputs = spectrograms(paths, audiomae.Frontend(mean=mean, std=std, frames=FRAMES))
+    return Recordings(folder, paths, labels, names, mean, std, inputs)
+
+
+def pretrain_on(recordings, train, run, seed, steps, fields=MODEL):
+    """Pre-train on the recordings of these numbers, without labels; the folder of the model."""
+    unlabelled = run.with_name(f"{run.name}.tsv")
+    lines = [
+        f"{recordings.paths[i].relative_to(recordings.folder)}\t{soundfile.info(recordings.paths[i]).frames}\n"
+        for i in train
+    ]
+    unlabelled.write_text(f"{recordings.folder.resolve()}\n" + "".join(lines))
+    shutil.rmtree(run, ignore_errors=True)
+    config = TrainConfig(
+        model="audiomae_small",
+        model_overrides=fields,
+        mean=recordings.mean,
+        std=recordings.std,
+        data=[str(unlabelled)],
+        out=str(run),
+        steps=steps,
+        batch_size=min(32, len(train)),
+        lr=1e-3,
+        weight_decay=0.05,
+        seed=seed,
+        log_every=50,
+        picture_every=0,
+        workers=1,
+    )
+    saved = pretrain(config)
+    if saved is None:
+        raise SystemExit("pre-training was asked to end")
+    return saved
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_options(parser, out="runs/learning", steps=400)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    recordings = prepare(options)
+    labels, inputs = recordings.labels, recordings.inputs
 
     results = {"random": [], "pre-trained": []}
     for seed in range(options.seeds):
-        # Half of the clips for pre-training and for the probe's training, half to test on.
-        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))
-        train, test = order[: len(paths) // 2], order[len(paths) // 2 :]
-        unlabelled = options.out / f"train-{seed}.tsv"
-        lines = [f"{paths[i].relative_to(folder)}\t{soundfile.info(paths[i]).frames}\n" for i in train]
-        unlabelled.write_text(f"{folder.resolve()}\n" + "".join(lines))
-        run = options.out / f"run-{seed}"
-        shutil.rmtree(run, ignore_errors=True)
-        config = TrainConfig(
-            model="audiomae_small",
-            model_overrides=MODEL,
-            mean=mean,
-            std=std,
-            data=[str(unlabelled)],
-            out=str(run),
-            steps=options.steps,
-            batch_size=32,
-            lr=1e-3,
-            weight_decay=0.05,
-            seed=seed,
-            log_every=50,
-            workers=1,
-        )
-        saved = pretrain(config)
-        if saved is None:
-            raise SystemExit("pre-training was asked to end")
+        train, test = recordings.halves(seed)
+        saved = pretrain_on(recordings, train, options.out / f"run-{seed}", seed, options.steps)
         torch.manual_seed(seed)
         models = {
             "random": audiomae.create_model("audiomae_small", **MODEL),
@@ -242,9 +288,10 @@ def main():
             results[name].append(probe(embed(model, inputs), labels, train, test))
             print(f"seed {seed}: linear probe on {name} weights: {results[name][-1]:.1%}")
 
-    chance = labels.bincount().max().item() / len(labels)
+    chance = recordings.chance
     print(
-        f"\n{len(paths)} clips, {len(names)} classes, chance {chance:.1%}, {options.steps} steps of pre-training"
+        f"\n{len(labels)} clips, {len(recordings.names)} classes, chance {chance:.1%}, "
+        f"{options.steps} steps of pre-training"
     )
     print("A sanity check of the training code, not a figure of quality.\n")
     print(

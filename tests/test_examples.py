@@ -1,0 +1,96 @@
+"""The programs in examples/, at a size of seconds."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+
+import audiomae
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """Runs an example's main() with arguments, twelve classes of two clips each, into tmp_path."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def call(module, *arguments):
+        common = ("--clips", "2", "--steps", "1", "--seeds", "1", "--out", str(tmp_path))
+        monkeypatch.setattr(sys, "argv", [module.__name__, *common, *arguments])
+        module.main()
+
+    return call
+
+
+def test_learning(call, tmp_path, capsys):
+    import learning
+
+    call(learning)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["chance"] == 1 / 12 and [len(results[name]) for name in ("random", "pre-trained")] == [
+        1,
+        1,
+    ]
+    assert "| pre-trained |" in capsys.readouterr().out
+    assert matplotlib.image.imread(tmp_path / "learning.png").shape[2] == 4
+
+
+def test_ablations(call, tmp_path, monkeypatch, capsys):
+    """Rows and what they are compared with; the same command goes on, and other settings are refused."""
+    import ablations
+
+    trained, whole = [], ablations.pretrain_on
+    monkeypatch.setattr(ablations, "pretrain_on", lambda *given: trained.append(given) or whole(*given))
+    call(ablations, "--only", "InfoNCE")
+    path = tmp_path / "ablations.csv"
+    path.write_text(path.read_text() + "loss,reconstruction and Inf")  # as a killed process leaves it
+    capsys.readouterr()
+    call(ablations, "--only", "loss")
+    assert len(trained) == 3 and not (tmp_path / "run").exists()
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["row"] for line in lines] == [
+        "not trained",
+        "as it is",
+        "InfoNCE",
+        "reconstruction and InfoNCE",
+    ]
+    assert all(float(line["gflop"]) > 0.1 and float(line["seconds"]) > 0 for line in lines[1:])
+    assert capsys.readouterr().out.count("\n| ") == 2 + len(lines)
+    assert (tmp_path / "ablations.png").exists() and "| as it is " in (tmp_path / "ablations.md").read_text()
+    with pytest.raises(SystemExit, match="holds rows of 1 steps"):
+        call(ablations, "--steps", "2")
+    with pytest.raises(SystemExit, match="there is no question and no row 'moon'"):
+        call(ablations, "--only", "moon")
+
+
+def test_every_row_of_the_ablations_is_a_model(call):
+    import ablations
+    from learning import FRAMES, MODEL
+
+    work = {}
+    for _, row, fields in ablations.chosen([])[1:]:
+        model = audiomae.create_model("audiomae_small", **MODEL | fields)
+        mask = model.draw_mask(2, FRAMES, torch.Generator().manual_seed(0))
+        work[row] = len(mask.ids_keep), mask.num_tokens, mask.ids_masked.shape[1] / mask.num_tokens
+    assert work["as it is"] == (2, 64, 0.75) == work["time and frequency"] == work["clusters"]
+    assert work["4 masks per clip"][0] == 8 and work["frames, 2 x 128"][1] == 64
+
+
+def test_flops_are_those_of_the_cost_model(call):
+    """The counter sees the same products as the benchmark's model of them, which has nothing for the mask tokens."""
+    import ablations
+    from learning import FRAMES, MODEL
+
+    from bench.flops import cost
+
+    model = audiomae.create_model("audiomae_small", **MODEL)
+    expected = 3 * cost(model.config, 16, FRAMES).flops / 1e9
+    # No gradient for the spectrogram: one of the three products of the embedding is not computed.
+    assert ablations.gflop(MODEL, FRAMES) == pytest.approx(expected, rel=0.03)
