@@ -21,6 +21,7 @@ from .data import load_batch, recordings
 from .data.pack import add_command as add_prepare
 from .data.sources import read_labels
 from .embed import add_commands as add_embed_and_tag
+from .export import add_command as add_export
 from .frontend import Frontend
 from .model import MaskedAutoencoder, Output, SpectrogramModel
 from .options import add_overrides, open_model, overrides
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add_embed_and_tag(commands)
     add_probe(commands)
     add_reconstruct(commands)
+    add_export(commands)
 
     convert = commands.add_parser(
         "convert",

@@ -171,7 +171,7 @@ def load_folder(folder: Path, overrides: dict[str, Any]) -> SpectrogramModel:
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}: it is no folder that save_pretrained wrote")
     settings = _read_json(folder / CONFIG)
-    if isinstance(settings, dict) and "type" not in settings:
+    if settings and isinstance(settings, dict) and "type" not in settings:
         return _load_published(folder, overrides)
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} has no {WEIGHTS}: it is no folder that save_pretrained wrote")

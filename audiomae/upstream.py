@@ -487,13 +487,7 @@ def read_checkpoint(path: Path) -> State:
         raise FileNotFoundError(f"there is no file {path}")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError(
-                    f"{path} is no checkpoint that can be read: it is compressed, which torch.save never does, and "
-                    "might expand to any size"
-                )
+    _check_expansion(path)
     try:
         with torch.serialization.safe_globals(_stand_ins(path)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols
@@ -506,6 +500,19 @@ def read_checkpoint(path: Path) -> State:
     if not isinstance(data, dict) or not data or not _maps_names_to_tensors(data):
         raise ValueError(f"{path} holds no state dict: a mapping of names to tensors was expected")
     return data
+
+
+def _check_expansion(path: Path) -> None:
+    """torch.save stores tensors as they are. A compressed file of kilobytes may expand to any size."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > 2 * path.stat().st_size:
+        raise ValueError(
+            f"{path} is no checkpoint that can be read: it is compressed, which torch.save never does, and would "
+            f"expand to {size:,} bytes"
+        )
 
 
 def _maps_names_to_tensors(data: dict) -> bool:
