@@ -45,7 +45,7 @@ class Exportable(nn.Module):
         )
         copy = build(self.config)
         copy.load_state_dict(model.state_dict())
-        copy.float().eval()
+        copy.float().eval().requires_grad_(False)
         self.spectrogram_norm, self.encoder = copy.spectrogram_norm, copy.encoder
         # Positions that are a formula's are in no state dict.
         self.encoder.positions.load_state_dict(model.encoder.positions.state_dict())

@@ -66,8 +66,8 @@ def _reconstruct(options: argparse.Namespace) -> None:
     )
     if mask.ids_masked.shape[1] == 0:
         raise ValueError(
-            f"{options.file}: of {mask.num_tokens} patches {masking} masks none at a ratio of {ratio}: the recording is "
-            "too short for it"
+            f"{options.file}: of {mask.num_tokens} patches {masking} masks none at a ratio of {ratio}: the "
+            "recording is too short for it"
         )
     share = mask.ids_masked.shape[1] / mask.num_tokens
     with replacing(options.out) as temporary:
