@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from .classifier import Classifier
 from .config import ClassifierConfig, EncoderConfig, list_models, model_config, replace, suggest
-from .model import MaskedAutoencoder, SpectrogramModel
+from .masking import Grid
+from .model import MaskedAutoencoder, Positions, SpectrogramModel
 from .pretrained import build, load_folder
 from .ssast import SSAST
 from .upstream import load_upstream
@@ -115,7 +118,9 @@ def _copy_encoder(source: SpectrogramModel, model: Classifier) -> None:
     own = model.encoder.state_dict()
     for name in [name for name in state if name not in own]:
         del state[name]  # the final norm, where pooling comes before it
-    if "positions.table" in state:
+    if source.encoder.positions.kind == "learned":
+        state["positions.table"] = _resampled(source.encoder.positions, model.encoder.positions.grid)
+    elif "positions.table" in state:
         wanted, found = model.encoder.positions.grid, source.encoder.positions.grid
         if wanted[1] != found[1]:
             raise ValueError(
@@ -131,6 +136,17 @@ def _copy_encoder(source: SpectrogramModel, model: Classifier) -> None:
             state["positions.table"] = torch.cat(source.encoder.positions(wanted))[None]
     model.encoder.load_state_dict(state)
     model.spectrogram_norm.load_state_dict(source.spectrogram_norm.state_dict())
+
+
+@torch.no_grad()
+def _resampled(positions: Positions, wanted: Grid) -> Tensor:
+    """(1, P + L, D): learned positions on another grid, cut in time or interpolated, as SSAST fine-tunes."""
+    grid = (min(wanted[0], positions.grid[0]), positions.grid[1])
+    prefix, table = positions(grid)
+    if grid != wanted:
+        planes = table.T.unflatten(1, grid)[None]  # (1, D, T', F')
+        table = F.interpolate(planes, size=wanted, mode="bilinear", align_corners=False)[0].flatten(1).T
+    return torch.cat((prefix, table))[None]
 
 
 def load(source: str | Path, **overrides: Any) -> SpectrogramModel:

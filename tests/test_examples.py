@@ -41,6 +41,21 @@ def test_learning(call, tmp_path, capsys):
     assert matplotlib.image.imread(tmp_path / "learning.png").shape[2] == 4
 
 
+def test_finetuning(call, tmp_path, capsys):
+    """From both starts; a model that was pre-trained already is used again."""
+    import finetuning
+
+    for _ in range(2):
+        call(finetuning, "--tune-steps", "0")
+        made = (tmp_path / "run-0" / "model" / "model.safetensors").stat().st_mtime_ns
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [len(results[name]) for name in ("random", "pre-trained")] == [1, 1]
+    assert "| pre-trained     |" in capsys.readouterr().out
+    for name in ("random", "pre-trained"):
+        assert (tmp_path / f"tune-{name}-0" / "model").is_dir()
+    assert (tmp_path / "run-0" / "model" / "model.safetensors").stat().st_mtime_ns == made
+
+
 def test_ablations(call, tmp_path, monkeypatch, capsys):
     """Rows and what they are compared with; the same command goes on, and other settings are refused."""
     import ablations

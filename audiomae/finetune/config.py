@@ -231,6 +231,9 @@ _SSAST_TASKS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+#: SSAST's patches overlap in fine-tuning.
+_OVERLAP = {"model_overrides": {"stride": [10, 10]}}
+
 #: MAE-AST in SUPERB, through s3prl.
 _SUPERB: dict[str, Any] = {
     "optimizer": "adam",
@@ -282,7 +285,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     # "SSAST library with no settings changed".
     **{f"mae_ast.{name}": settings for name, settings in _SSAST_TASKS.items()},
-    **{f"ssast.{name}": settings for name, settings in _SSAST_TASKS.items()},
+    **{f"ssast.{name}": {**settings, **_OVERLAP} for name, settings in _SSAST_TASKS.items()},
 }  # fmt: skip
 RECIPES["audiomae.as20k_released"] = {**RECIPES["audiomae.as20k"], **_RELEASED, "weight_decay": 5e-4}
 RECIPES["audiomae.as2m_released"] = {

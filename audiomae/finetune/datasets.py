@@ -299,7 +299,8 @@ def speech_commands_v1(data: Sequence[str], val_data: Sequence[str], fold: int |
     title, needs = "Speech Commands v1", (*_LISTS, "_background_noise_", *WORDS_V1)
     root = _root(Path(data[0]).expanduser(), title, SPEECH_COMMANDS_V1, inside, needs)
     labels = (*KEYWORDS, "_silence_", "_unknown_")
-    tests = _root(root.parent, title, SPEECH_COMMANDS_V1, ("speech_commands_test_set_v0.01",), labels)
+    tests = root.parent / "speech_commands_test_set_v0.01"
+    _root(root.parent, title, SPEECH_COMMANDS_V1, (), (tests.name, *(f"{tests.name}/{label}" for label in labels)))
     noise = [(str(path), "_silence_") for path in sorted((root / "_background_noise_").glob("*.wav"))]
     if not noise:
         raise AudioError(f"{root}/_background_noise_: holds no recordings. {title} is {SPEECH_COMMANDS_V1}")
@@ -340,7 +341,7 @@ def voxceleb1(data: Sequence[str], val_data: Sequence[str], fold: int | None) ->
                 f"{root / 'iden_split.txt'}: expected lines such as '1 id10006/nLEBBc9oIFs/00003.wav': {error}"
             ) from error
         items = [found.get_metadata(i) for i in range(len(found))]
-        splits[split] = [(str(root / "wav" / path), f"id{speaker}") for path, _, speaker, _ in items]
+        splits[split] = [(str(root / "wav" / path), path.split("/")[0]) for path, *_ in items]
     _check_files(root, "VoxCeleb1", "iden_split.txt", (p for items in splits.values() for p, _ in items))
     labels = sorted({label for items in splits.values() for _, label in items})
     train, val, test = (_single(f"VoxCeleb1, {split}", items, labels) for split, items in splits.items())

@@ -146,6 +146,8 @@ class Tuner(Loop):
     def _groups(self) -> list[dict[str, Any]]:
         """By layer and by weight decay: the rate of a layer is `layer_decay` times that of the one above it."""
         c, skip = self.config, self.model.no_weight_decay()
+        if self.model.config.family == "audiomae":
+            skip = skip | {"encoder.prefix"}  # in fine-tuning; pre-training decays it
         groups: dict[tuple[int, bool], dict[str, Any]] = {}
         for name, parameter in self.model.named_parameters():
             layer, decays = layer_of(name, self.model.config), name not in skip

@@ -1,0 +1,209 @@
+"""Recipes are the published settings; mistakes on the command line are one sentence, before anything is loaded."""
+
+import json
+
+import labelled
+import pytest
+import yaml
+from labelled import TINY, run
+
+from audiomae.finetune import RECIPES, TASKS, EvaluateConfig, TuneConfig
+from audiomae.finetune.command import run_finetune
+from audiomae.train.command import parse
+
+#: Global batch, base rate or rate, epochs or steps, warm-up epochs, SpecAugment, mixup, noise, loss, masks.
+AUDIOMAE = {
+    "as20k": (32, 1e-3, 60, 4, (192, 48), 0.5, False, "bce", 0.3),
+    "as20k_released": (32, 1e-3, 60, 4, (192, 48), 0.5, False, "bce", 0.2),
+    "as2m": (512, 2e-4, 100, 20, (192, 48), 0.5, False, "bce", 0.3),
+    "as2m_released": (256, 2e-4, 100, 10, (192, 48), 0.5, False, "bce", 0.2),
+    "esc50": (64, 1e-3, 60, 4, (96, 24), 0.0, False, "ce", 0.0),
+    "spc2": (256, 1e-3, 60, 4, (48, 48), 0.5, True, "bce", 0.0),
+    "spc1": (256, 1e-3, 10, 1, (48, 48), 0.5, True, "bce", 0.0),
+    "voxceleb1": (64, 1e-3, 60, 4, (192, 48), 0.0, True, "ce", 0.0),
+}
+
+
+def of(name):
+    return TuneConfig.from_dict({**TuneConfig.of_recipe(name), "data": ["x"], "out": "y", "pretrained": "z"})
+
+
+@pytest.mark.parametrize("name", AUDIOMAE)
+def test_audiomae(name):
+    batch, rate, epochs, warmup, spec_augment, mixup, noise, loss, masks = AUDIOMAE[name]
+    c = of(f"audiomae.{name}")
+    assert c.batch_size * c.accumulate == batch and (c.base_lr, c.lr) == (rate, None)
+    assert (c.epochs, c.warmup_epochs, c.schedule, c.min_lr) == (epochs, warmup, "cosine", 1e-6)
+    assert (c.spec_augment, c.augment.mixup, c.spectrogram_noise, c.loss) == (
+        spec_augment,
+        mixup,
+        noise,
+        loss,
+    )
+    assert (c.mask_time, c.mask_freq, c.layer_decay, c.drop_path) == (masks, masks, 0.75, 0.1)
+    assert (c.optimizer, c.betas, c.precision) == ("adamw", (0.9, 0.999), "fp16")
+    released = name.endswith("_released")
+    assert c.weight_decay == (5e-4 if released else 1e-4)
+    assert c.augment.upstream_roll_mag == released and (c.augment.gain, c.augment.roll) == (
+        (0.0, False) if released else (6.0, True)
+    )
+    if name.startswith("as2m"):
+        assert (c.balanced, c.replacement, c.epoch_clips) == (True, released, 200_000)
+    elif name != "spc1":
+        assert not c.balanced
+
+
+@pytest.mark.parametrize("name", ["as20k", "esc50", "spc2"])
+def test_ssast_and_mae_ast_after_it(name):
+    rate, epochs, batch, spec_augment, mixup, noise, loss, decay = {
+        "as20k": (5e-5, 25, 12, (192, 48), 0.5, False, "bce", (0.5, 10, 5)),
+        "esc50": (1e-4, 50, 48, (96, 24), 0.0, True, "ce", (0.85, 6, 1)),
+        "spc2": (2.5e-4, 30, 128, (48, 48), 0.6, True, "bce", (0.85, 6, 1)),
+    }[name]
+    c, other = of(f"ssast.{name}"), of(f"mae_ast.{name}")
+    assert (c.lr, c.epochs, c.batch_size, c.spec_augment, c.loss) == (rate, epochs, batch, spec_augment, loss)
+    assert (c.augment.mixup, c.spectrogram_noise, c.schedule, c.step_decay) == (mixup, noise, "step", decay)
+    assert c.average_from == (6 if name == "as20k" else None)
+    assert c.model_overrides == {"stride": [10, 10]} and other.model_overrides == {}
+    assert {**c.to_dict(), "model_overrides": {}, "recipe": ""} == {**other.to_dict(), "recipe": ""}
+
+
+@pytest.mark.parametrize(
+    "name, rate, batch, accumulate, steps",
+    [("spc1", 1e-5, 512, 1, 10_000), ("voxceleb1", 1e-4, 4, 4, 60_000), ("iemocap", 1e-4, 6, 5, 3_000)],
+)
+def test_mae_ast_in_superb(name, rate, batch, accumulate, steps):
+    c = of(f"mae_ast.{name}")
+    assert (c.lr, c.batch_size, c.accumulate, c.steps, c.epochs) == (rate, batch, accumulate, steps, None)
+    assert (c.optimizer, c.layer_decay, c.loss, c.schedule) == ("adam", 1.0, "ce", "constant")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_valid(name):
+    c = of(name)
+    c.fold = "1" if TASKS[c.task].folds else None
+    c.check()
+    assert TuneConfig.from_dict(yaml.safe_load(yaml.safe_dump(c.to_dict()))) == c
+
+
+@pytest.mark.parametrize("task", [name for name in TASKS if name != "custom"])
+def test_a_task_brings_its_recipe(task):
+    c = parse(
+        ["--task", task, "--data", "x", "--out", "y", "--lr", "0.5", "--steps", "7"],
+        TuneConfig,
+        "finetune",
+        "",
+    )
+    assert c.recipe == ("mae_ast.iemocap" if task == "iemocap" else f"audiomae.{task}")
+    assert (c.lr, c.base_lr, c.steps, c.epochs) == (0.5, None, 7, None)
+    assert c.batch_size == RECIPES[c.recipe]["batch_size"]
+
+
+def test_defaults_recipe_file_and_command_line(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "task: spc2\nrecipe: ssast.spc2\nbatch_size: 7\nspec_augment: [3, 4]\nlabel_smoothing: 0.2\n"
+    )
+    words = [
+        "--config",
+        str(file),
+        "--fold",
+        "2",
+        "--label-smoothing",
+        "0.3",
+        "--mask-time",
+        "0.1",
+        "--loss",
+        "ce",
+    ]
+    c = parse(words, TuneConfig, "finetune", "")
+    assert (c.task, c.batch_size, c.spec_augment, c.label_smoothing) == ("spc2", 7, (3, 4), 0.3)
+    assert (c.fold, c.mask_time, c.loss, c.lr, c.average_from) == ("2", 0.1, "ce", 2.5e-4, None)
+    with pytest.raises(SystemExit) as stop:
+        parse([*words, "--print-config"], TuneConfig, "finetune", "")
+    assert stop.value.code == 0
+    file.write_text(capsys.readouterr().out)
+    assert parse(["--config", str(file)], TuneConfig, "finetune", "") == c
+    evaluation = parse(["--model", "m", "--fold", "all", "--split", "val"], EvaluateConfig, "evaluate", "")
+    assert evaluation == EvaluateConfig(model="m", fold="all", split="val")
+
+
+GOOD = ["--task", "custom", "--data", "x", "--out", "y", "--steps", "1", "--model", "audiomae_small"]
+MISTAKES = [
+    (["--task", "esc50"], "has folds 1 to 5: give --fold with one of them, or --fold all"),
+    (["--fold", "1"], "custom data has no folds: leave --fold out"),
+    (["--mask-time", "1"], "--mask-time is 1.0, but a share in"),
+    (["--label-smoothing", "-0.1"], "--label-smoothing is -0.1, but a share in"),
+    (["--layer-decay", "0"], "--layer-decay is 0.0, but a factor"),
+    (["--spec-augment", "[-1, 4]"], "--spec-augment is (-1, 4), but two widths"),
+    (["--step-decay", "[0.5, 1, 0]"], "--step-decay is (0.5, 1.0, 0.0), but a factor"),
+    (["--ema", "1"], "--ema is 1.0, but a decay in"),
+    (["--ema", "0.9", "--average-from", "3"], "give one of them"),
+    (["--ema", "0.9", "--fsdp"], "averages of the weights are not kept under --fsdp"),
+    (["--epoch-clips", "5"], "say how --balanced draws clips: add it"),
+    (["--frames", "0"], "--frames is 0, but a whole number of at least 1"),
+    (["--batch-size", "0"], "--batch-size is 0, but a whole number of at least 1"),
+    (["--pretrained", "audiomae_small"], "names an untrained model: give it as --model"),
+    (["--recipe", "audiomae.esc5"], "there is no recipe 'audiomae.esc5'; did you mean"),
+    ([], "x: is neither a folder nor a CSV file. Custom data are a folder with a folder of recordings"),
+]
+
+
+@pytest.mark.parametrize("words, sentence", MISTAKES, ids=[" ".join(m[0]) or "no data" for m in MISTAKES])
+def test_mistakes(tmp_path, monkeypatch, capsys, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    if words[:1] == ["--pretrained"]:
+        labelled.class_folders(tmp_path / "x")
+    assert run("finetune", *GOOD, *words) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("audiomae finetune: ") and sentence in error and "Traceback" not in error
+    assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["--task", "esc51"], ["--loss", "mse"], ["--fold", "6"], ["--mask-tim", "0.1"]]
+)
+def test_words_that_are_none(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_finetune([*GOOD, *words])
+    assert stop.value.code == 2 and words[0] in capsys.readouterr().err
+
+
+def test_what_is_missing(tmp_path, capsys):
+    for left_out, sentence in (
+        ("--task", "there is no --task: name a task"),
+        ("--model", "nothing to fine-tune"),
+    ):
+        i = GOOD.index(left_out)
+        assert run("finetune", *GOOD[:i], *GOOD[i + 2 :]) == 1
+        assert sentence in capsys.readouterr().err
+    assert run("evaluate") == 1
+    assert "there is no --model" in capsys.readouterr().err
+    assert run("evaluate", "--model", tmp_path / "nothing", "--task", "custom", "--data", tmp_path) == 1
+    assert "there is no file or folder" in capsys.readouterr().err
+
+
+def test_a_run_is_not_written_over(tmp_path, capsys):
+    words = [
+        "--task",
+        "custom",
+        "--data",
+        labelled.class_folders(tmp_path / "x"),
+        "--out",
+        tmp_path / "y",
+        "--steps",
+        1,
+    ]
+    words += [
+        "--model",
+        "audiomae_small",
+        "--model-overrides",
+        json.dumps(TINY),
+        "--frames",
+        48,
+        "--workers",
+        0,
+    ]
+    assert run("finetune", *words, "--batch-size", 4) == 0
+    assert run("finetune", *words, "--batch-size", 4) == 1
+    assert "holds a run already: go on with it with --resume" in capsys.readouterr().err
