@@ -51,9 +51,9 @@ def create_model(
     return model
 
 
-def _what_the_name_says(config: EncoderConfig, pretrained: str | Path) -> dict[str, Any]:
+def _what_the_name_says(config: EncoderConfig | None, pretrained: str | Path) -> dict[str, Any]:
     """What a published checkpoint's tensors cannot say, and the name of the model does."""
-    if config.family != "mae_ast" or not Path(pretrained).is_file():
+    if config is None or config.family != "mae_ast" or not Path(pretrained).is_file():
         return {}
     return {"tokens": "frame" if config.patch[1] == config.mel_bins else "patch"}
 
@@ -83,12 +83,11 @@ def create_classifier(
         raise ValueError(
             "a classifier needs the name of a model, or pre-trained weights to take its encoder from"
         )
-    source = None
-    if pretrained is not None:
-        source = load(pretrained, **_what_the_name_says(model_config(name), pretrained))
-    encoder = model_config(name) if source is None else source.config
-    if source is not None and name is not None:
-        _check_same_architecture(model_config(name), overrides, encoder, pretrained)
+    named = None if name is None else model_config(name)
+    source = None if pretrained is None else load(pretrained, **_what_the_name_says(named, pretrained))
+    encoder = named if source is None else source.config
+    if source is not None and named is not None:
+        _check_same_architecture(named, overrides, encoder, pretrained)
     fields = {f.name: getattr(encoder, f.name) for f in dataclasses.fields(EncoderConfig)}
     # Audio-MAE pools before its norm, SSAST after it. Pre-training's dropout is not fine-tuning's.
     fields |= {"final_norm": encoder.family == "ssast", **dict.fromkeys(_REGULARISATION, 0.0)}

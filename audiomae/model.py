@@ -176,7 +176,7 @@ class Positions(nn.Module):
         """Interpolates the table in time to so many steps.
 
         A table that is a formula's gets the formula's values at fractional steps, any other one is interpolated
-        linearly (as SSAST does).
+        linearly.
         """
         (old, bands), width, table = self.grid, self.table.shape[2], self.table[0, self.prefix :]
         transposed = self.kind == "transposed"
