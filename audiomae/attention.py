@@ -15,6 +15,7 @@ from typing import Any
 import audiomae_kernels as ak
 import torch
 import torch.nn.functional as F
+from audiomae_kernels import _library
 from torch import Tensor
 
 
@@ -85,7 +86,7 @@ def attention(
         RuntimeError: the backend cannot run here, or not on this device, dtype or head dimension.
     """
     if backend is None:
-        backend = "sdpa" if torch.compiler.is_exporting() else best_backend(qkv.device, qkv.dtype)
+        backend = "sdpa" if torch.compiler.is_exporting() else best_backend(qkv.device, _computed_in(qkv))
     require_backend(backend, qkv.device, qkv.dtype, qkv.shape[-1])
     chosen = BACKENDS[backend]
     if packed is None:
@@ -110,8 +111,23 @@ def attention(
 # Under torch.compile the answer is a constant of the graph.
 @torch.compiler.assume_constant_result
 def best_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """ "native" on a CPU where our own kernel serves the dtype, else "sdpa"."""
-    return "sdpa" if _native_why_not(device, dtype) else "native"
+    """ "native" on a CPU where our own kernel serves the dtype, else "sdpa".
+
+    Raises:
+        RuntimeError: the environment names a native library or a CPU tier that cannot be had.
+    """
+    if device.type != "cpu":
+        return "sdpa"
+    chosen = _library.resolve("attention", None, torch.empty(0, dtype=dtype, device=device))
+    return "native" if chosen == "native" else "sdpa"
+
+
+def _computed_in(qkv: Tensor) -> torch.dtype:
+    """The dtype that autocast gives to attention, where it is on."""
+    kind = qkv.device.type
+    if qkv.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return qkv.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else qkv.dtype
 
 
 # -- backends ------------------------------------------------------------------------------------------------

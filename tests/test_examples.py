@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,9 +13,33 @@ import pytest
 import torch
 
 import audiomae
+from audiomae.train.command import parse
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_the_script_for_slurm(tmp_path):
+    """With stand-ins for SLURM's commands and for torchrun; what it starts is a command line of this version."""
+    tools = {
+        "scontrol": "printf 'node7\\nnode8\\n'",
+        "srun": 'shift; exec "$@"',
+        "torchrun": "printf '%s\\n' \"$@\"",
+    }
+    for name, does in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "99"}
+    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", EXAMPLES / "slurm.sh"], env=environment, capture_output=True, text=True, check=True
+    )
+    words = done.stdout.splitlines()
+    assert words[words.index("--rdzv-endpoint") + 1] == "node7:29500" and "99" in words and not done.stderr
+    config = parse(words[words.index("pretrain") + 1 :])
+    config.check()
+    assert config.resume and config.recipe == "audiomae_base.as2m"
 
 
 @pytest.fixture

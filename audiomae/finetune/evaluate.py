@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ def _evaluate_one(
         return frontend(waveform, batch.lengths), frontend.num_frames(batch.lengths).tolist()
 
     model.to(processes.device).eval()
-    with autocast(processes.device, config.precision):
+    with closing(loader), autocast(processes.device, config.precision):
         found = predict(model, loader, spectrogram_of, processes, FailureLog())
     return task, fold, measure(found.logits, found.targets, splits.label_names, splits.multi_label)
 

@@ -203,6 +203,9 @@ class Loop:
                 self._finish()
         finally:
             self.log.close()
+            # They ignore the signal by which Python ends its children, and an error's traceback keeps them alive.
+            for loader in filter(None, (self.loader, self.val_loader)):
+                loader.close()
         return c.folder / "model" if finished else None
 
     def _train(self, stop: StopSignal) -> bool:

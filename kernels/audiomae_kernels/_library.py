@@ -19,8 +19,8 @@ from audiomae_kernels import _native
 
 SCHEMAS = {
     "attention": "(Tensor qkv, Tensor? cu_seqlens, Tensor? seed, *, float dropout, str impl) -> (Tensor, Tensor)",
-    "attention_backward": "(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor? cu_seqlens, Tensor? seed, *, "
-    "float dropout, str impl) -> Tensor",
+    "attention_backward": "(Tensor grad, Tensor qkv, Tensor out, Tensor statistics, Tensor? cu_seqlens, Tensor? seed, "
+    "*, float dropout, str impl) -> Tensor",
     "window_attention": "(Tensor qkv, Tensor? tau, Tensor? bias, *, SymInt[2] grid, int[2] window, "
     "int[2] shift, str scoring, str impl) -> Tensor",
     "window_attention_backward": "(Tensor grad, Tensor qkv, Tensor? tau, Tensor? bias, *, SymInt[2] grid, "
@@ -239,11 +239,11 @@ def _fake(name: str) -> Callable:
 @_fake("attention")
 def _(qkv, cu_seqlens, seed, *, dropout, impl):
     *tokens, _, H, d = qkv.shape
-    return qkv.new_empty(*tokens, H * d), qkv.new_empty(*tokens, H, dtype=loss_dtype(qkv))
+    return qkv.new_empty(*tokens, H * d), qkv.new_empty(*tokens, H, 2, dtype=loss_dtype(qkv))
 
 
 @_fake("attention_backward")
-def _(grad, qkv, out, lse, cu_seqlens, seed, *, dropout, impl):
+def _(grad, qkv, out, statistics, cu_seqlens, seed, *, dropout, impl):
     return wanted(qkv, True)
 
 

@@ -1,9 +1,10 @@
-// attention: (B, L, 3, H, d) or packed clips (total, 3, H, d) -> (B, L, H d) or (total, H d), and the logsumexp of each
-// row of scores, in units of ln 2. Per clip and head softmax(q kᵀ / sqrt(d)) v with dropout of the softmax, and its
-// gradients; nothing of the size of the scores is kept.
+// attention: (B, L, 3, H, d) or packed clips (total, 3, H, d) -> (B, L, H d) or (total, H d), and for each row of scores
+// the highest q k and log2 of the sum of e^(score - highest). Per clip and head softmax(q kᵀ / sqrt(d)) v with dropout of
+// the softmax, and its gradients; nothing of the size of the scores is kept.
 //
 // A unit of work is a head of a clip. Its operands are laid out once in scratch memory, as words (product.h). Forward, a
-// strip of kRows queries meets all keys: its scores stay in the L1 cache, so the softmax needs no running maximum.
+// strip of kRows queries meets all keys: up to 512 of them its scores stay in the L1 cache, and the softmax needs no
+// running maximum.
 // Backward, a strip of kRows keys meets all queries, so that dv and dk are finished products; the transposed dq is summed
 // over blocks of kKeys keys. What is multiplied after the softmax is rounded to bfloat16 where words are pairs.
 #include "tier.h"
@@ -31,7 +32,7 @@ struct Attention {
   uint32_t threshold;         // of 16 random bits: weights below it are dropped
   float keep_scale;           // of those that are not
   uint32_t seed[2];
-  float* lse;                 // (all tokens, H), in units of ln 2: written forward, read backward
+  float* statistics;          // (all tokens, H, 2): highest q k, log2 of the sum; written forward, read backward
   char* out;                  // (all tokens, H, d), contiguous
   Tokens grad, saved_out;     // backward only
   char* d_qkv;                // (all tokens, 3, H, d), contiguous
@@ -350,8 +351,9 @@ inline void store_words(float* row, int64_t j, Floats low, Floats high) {
   store(row + j + kLanes, high);
 }
 
-// Scores of one query -> e^(score - highest) as words, 0 past the last key. Returns their sum; the highest is in
-// units of ln 2.
+// Products q k of one query -> e^(score - highest score) as words, 0 past the last key. Returns their sum; `highest` is
+// the highest product. It is taken off before the scale is put on: the highest has weight 1 however large it is, and
+// the backward pass, whose products are the same to the bit, finds the same weights.
 template <bool kPairs>
 inline float soften(const Attention& a, int64_t n, float* s, const uint16_t* keep, float* highest) {
   const int64_t whole = round_up(n, kColumns);
@@ -361,21 +363,20 @@ inline float soften(const Attention& a, int64_t n, float* s, const uint16_t* kee
     top[0] = max(load(s + j), top[0]);
     top[1] = max(load(s + j + kLanes), top[1]);
   }
-  const float shift = max_lanes(max(top[0], top[1])) * a.to_log2;
-  const Floats factor = broadcast(a.to_log2), minus = broadcast(-shift);
+  *highest = max_lanes(max(top[0], top[1]));
+  const Floats factor = broadcast(a.to_log2), from = broadcast(*highest);
   Floats sum[2] = {};
   for (int64_t j = 0; j < whole; j += kColumns) {
     Floats p[2];
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      p[v] = exp2(fma(load(s + j + v * kLanes), factor, minus));
+      p[v] = exp2((load(s + j + v * kLanes) - from) * factor);
       sum[v] += p[v];
       const int64_t at = j + v * kLanes;
       if (keep) p[v] = keep_bits(p[v], keep[at / kTile] >> at % kTile);
     }
     store_words<kPairs>(s, j, p[0], p[1]);
   }
-  *highest = shift;
   return sum_lanes(sum[0] + sum[1]);
 }
 
@@ -411,9 +412,9 @@ void forward(const Attention& a, const Unit& u, const Unit& next, float* scratch
       float sums[kRows];
       for (int64_t r = 0; r < strip; ++r) {
         const uint16_t* keep = a.threshold > 0 ? kept + (i + r) * tiles : nullptr;
-        float highest;
-        sums[r] = soften<kPairs>(a, n, s + r * l.row, keep, &highest);
-        a.lse[(start + i0 + i + r) * a.heads + u.head] = highest + __builtin_log2f(sums[r]);
+        float* statistics = a.statistics + 2 * ((start + i0 + i + r) * a.heads + u.head);
+        sums[r] = soften<kPairs>(a, n, s + r * l.row, keep, statistics);
+        statistics[1] = __builtin_log2f(sums[r]);
       }
       product<kPairs>(strip_of(s, l.row), strip, v, a.width, words<kPairs>(n), false, o, l.channels);
       for (int64_t r = 0; r < strip; ++r) {
@@ -455,8 +456,9 @@ inline float dot(const Attention& a, const char* x, const char* y) {
   return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-struct Statistics {
-  const float *lse, *delta;  // of each query: as saved, infinite past the last; the sum of do o
+struct Statistics {  // of each query
+  const float *highest, *sum;  // as saved; past the last query the sum is infinite
+  const float* delta;          // the sum of do o
 };
 
 // Of kColumns queries from i on, the weights p of a key and the gradients ds of its scores. s and g: its scores and
@@ -467,7 +469,7 @@ inline void weigh(const Attention& a, const Statistics& of, int64_t i, const flo
 #pragma GCC unroll 2
   for (int v = 0; v < 2; ++v) {
     const int64_t at = i + v * kLanes;
-    p[v] = exp2(fma(load(s + at), to_log2, -load(of.lse + at)));
+    p[v] = exp2(fma(load(s + at) - load(of.highest + at), to_log2, -load(of.sum + at)));
     if (keep) {
       const uint32_t bits = keep[at / kTile] >> at % kTile;
       ds[v] = p[v] * fma(keep_bits(load(g + at), bits), keep_scale, -load(of.delta + at));
@@ -536,8 +538,9 @@ void backward(const Attention& a, const Unit& u, const Unit& next, float* scratc
   float* s = ds_panels + block * l.tokens;
   float* g = s + kRows * l.row;
   float* result = g + kRows * l.row;
-  float* lse = result + kTile * l.channels;
-  float* delta = lse + l.tokens;
+  float* highest = result + kTile * l.channels;
+  float* sum = highest + l.tokens;
+  float* delta = sum + l.tokens;
   auto* drawn = reinterpret_cast<uint16_t*>(delta + l.tokens);  // by tiles of keys, 16 queries each
   uint16_t* kept = drawn + kKeys * kTile;                       // (kKeys, tiles of queries)
 
@@ -554,7 +557,9 @@ void backward(const Attention& a, const Unit& u, const Unit& next, float* scratc
   read_rows<kPairs>(a, a.grad, u, 0, n, l.tokens, l.pitch, rows);
   const Panels grad_by_token = pack_columns(l, rows, grad_columns), grad_by_channel = pack_values(l, rows, grad_values);
   for (int64_t i = 0; i < l.tokens; ++i) {
-    lse[i] = i < n ? a.lse[(start + i) * a.heads + u.head] : __builtin_inff();
+    const float* statistics = a.statistics + 2 * ((start + i) * a.heads + u.head);
+    highest[i] = i < n ? statistics[0] : 0;
+    sum[i] = i < n ? statistics[1] : __builtin_inff();
     delta[i] = i < n ? dot<kPairs>(a, token(a, a.grad, u, i), token(a, a.saved_out, u, i)) : 0;
   }
 
@@ -578,8 +583,8 @@ void backward(const Attention& a, const Unit& u, const Unit& next, float* scratc
       ask_for(a, next, j0 + j, kRows, a.v, a.k, a.q, a.grad, a.saved_out);
       product<kPairs>(strip_of(k_rows + at, l.pitch), strip, q_by_token, n, l.depth, false, s, l.row);
       product<kPairs>(strip_of(v_rows + at, l.pitch), strip, grad_by_token, n, l.depth, false, g, l.row);
-      gradients<kPairs>(a, {lse, delta}, queries, strip, a.threshold > 0 ? kept + j * tiles : nullptr, tiles, l.row, s,
-                        g, words<kPairs>(j), depth, ds_panels);
+      gradients<kPairs>(a, {highest, sum, delta}, queries, strip, a.threshold > 0 ? kept + j * tiles : nullptr, tiles,
+                        l.row, s, g, words<kPairs>(j), depth, ds_panels);
       product<kPairs>(strip_of(s, l.row), strip, grad_by_channel, a.width, along, false, result, l.channels);
       for (int64_t r = 0; r < strip; ++r) {
         write_row<kPairs>(a, result + r * l.channels, a.keep_scale, place(j0 + j + r, 2));
@@ -617,7 +622,7 @@ int64_t scratch(int64_t longest, int64_t width, bool backward) {
     return 2 * operand + values + kQueries * l.pitch + kRows * (l.row + l.channels) + halves(kQueries * tiles);
   }
   return 5 * operand + 2 * values + l.channels * (l.along + kGap) + (l.channels + kRows) * l.row +
-         words<kPairs>(kKeys) * l.tokens + 2 * kRows * l.row + kTile * l.channels + 2 * l.tokens +
+         words<kPairs>(kKeys) * l.tokens + 2 * kRows * l.row + kTile * l.channels + 3 * l.tokens +
          halves(kKeys * (kTile + tiles));
 }
 
@@ -706,10 +711,9 @@ std::vector<int64_t> clip_starts(const Tensor& qkv, const std::optional<Tensor>&
 }
 
 // (B, L, H * d), (B, L, H, d), or without B.
-Tokens tokens_of(const Tensor& x, bool packed, int64_t head_stride) {
-  const int64_t element = x.element_size();
-  return {static_cast<const char*>(x.const_data_ptr()), packed ? 0 : x.stride(0) * element,
-          x.stride(packed ? 0 : 1) * element, head_stride * element};
+Tokens tokens_of(const Tensor& x, bool packed, int64_t head_step) {
+  return {static_cast<const char*>(x.const_data_ptr()), packed ? 0 : byte_step(x, 0), byte_step(x, packed ? 0 : 1),
+          head_step};
 }
 
 // A call's checked arguments, with the memory behind the pointers.
@@ -745,8 +749,8 @@ struct Call {
     a.threshold = std::min<uint32_t>(65535, static_cast<uint32_t>(std::nearbyint(dropout * 65536)));
     a.keep_scale = static_cast<float>(65536 / (65536.0 - a.threshold));
     if (a.threshold > 0) std::memcpy(a.seed, seed->const_data_ptr(), sizeof(a.seed));
-    const int64_t part = qkv.stride(dim - 3) * qkv.element_size();
-    a.q = a.k = a.v = tokens_of(qkv, a.packed, qkv.stride(dim - 2));
+    const int64_t part = byte_step(qkv, dim - 3);
+    a.q = a.k = a.v = tokens_of(qkv, a.packed, byte_step(qkv, dim - 2));
     a.k.data += part;
     a.v.data += 2 * part;
   }
@@ -767,7 +771,7 @@ struct Call {
   }
 };
 
-// The output, and the (..., H) logsumexp of each row of scores for the backward pass.
+// The output, and for the backward pass the (..., H, 2) statistics of each row of scores.
 std::tuple<Tensor, Tensor> attention(const Tensor& qkv, const std::optional<Tensor>& cu_seqlens,
                                      const std::optional<Tensor>& seed, double dropout) {
   Call call(qkv, cu_seqlens, seed, dropout);
@@ -777,36 +781,41 @@ std::tuple<Tensor, Tensor> attention(const Tensor& qkv, const std::optional<Tens
   sizes.push_back(a.heads * a.width);
   Tensor out = torch::stable::new_empty(qkv, sizes);
   sizes.back() = a.heads;
-  Tensor lse = torch::stable::new_empty(qkv, sizes, ScalarType::Float);
+  sizes.push_back(2);
+  Tensor statistics = torch::stable::new_empty(qkv, sizes, ScalarType::Float);
   a.out = static_cast<char*>(out.mutable_data_ptr());
-  a.lse = static_cast<float*>(lse.mutable_data_ptr());
-  if (lse.numel() > 0) call.run(AUDIOMAE_SELECT(attention_forward), false);
-  return {out, lse};
+  a.statistics = static_cast<float*>(statistics.mutable_data_ptr());
+  if (statistics.numel() > 0) call.run(AUDIOMAE_SELECT(attention_forward), false);
+  return {out, statistics};
 }
 
-Tensor attention_backward(const Tensor& grad, const Tensor& qkv, const Tensor& out, const Tensor& lse,
+Tensor attention_backward(const Tensor& grad, const Tensor& qkv, const Tensor& out, const Tensor& statistics,
                           const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& seed,
                           double dropout) {
   Call call(qkv, cu_seqlens, seed, dropout);
   Attention& a = call.a;
   const int64_t dim = a.packed ? 2 : 3;
-  const auto expect = [&](const char* what, const Tensor& x, int64_t last, bool right_dtype) {
-    check(x.is_cpu() && right_dtype && x.dim() == dim && x.size(0) == qkv.size(0) &&
-              x.size(dim - 2) == qkv.size(dim - 2) && x.size(dim - 1) == last,
+  const auto expect = [&](const char* what, const Tensor& x, int64_t last, bool right) {
+    check(x.is_cpu() && right && x.size(0) == qkv.size(0) && x.size(dim - 2) == qkv.size(dim - 2) &&
+              x.size(dim - 1) == last,
           "attention expects ", what, " for qkv of shape ", shape(qkv), ", got ", dtype_name(x), " of shape ",
           shape(x), ".");
   };
-  expect("a gradient of the output's shape and dtype", grad, a.heads * a.width, grad.scalar_type() == qkv.scalar_type());
-  expect("an output of the shape and dtype that it has", out, a.heads * a.width, out.scalar_type() == qkv.scalar_type());
-  expect("a float32 logsumexp of each token and head", lse, a.heads, lse.scalar_type() == ScalarType::Float);
+  expect("a gradient of the output's shape and dtype", grad, a.heads * a.width,
+         grad.dim() == dim && grad.scalar_type() == qkv.scalar_type());
+  expect("an output of the shape and dtype that it has", out, a.heads * a.width,
+         out.dim() == dim && out.scalar_type() == qkv.scalar_type());
+  expect("two float32 statistics of each token and head", statistics, a.heads,
+         statistics.dim() == dim + 1 && statistics.size(dim) == 2 && statistics.scalar_type() == ScalarType::Float);
   const Tensor grad_rows = rows_in_one_piece(grad), out_rows = rows_in_one_piece(out);
-  const Tensor lse_values = torch::stable::contiguous(lse);
+  const Tensor kept = torch::stable::contiguous(statistics);
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i < qkv.dim(); ++i) sizes.push_back(qkv.size(i));
   Tensor d_qkv = torch::stable::new_empty(qkv, sizes);
-  a.lse = const_cast<float*>(static_cast<const float*>(lse_values.const_data_ptr()));
-  a.grad = tokens_of(grad_rows, a.packed, a.width);
-  a.saved_out = tokens_of(out_rows, a.packed, a.width);
+  a.statistics = const_cast<float*>(static_cast<const float*>(kept.const_data_ptr()));
+  const int64_t head_step = a.width * int64_t(qkv.element_size());
+  a.grad = tokens_of(grad_rows, a.packed, head_step);
+  a.saved_out = tokens_of(out_rows, a.packed, head_step);
   a.d_qkv = static_cast<char*>(d_qkv.mutable_data_ptr());
   if (d_qkv.numel() > 0) call.run(AUDIOMAE_SELECT(attention_backward), true);
   return d_qkv;

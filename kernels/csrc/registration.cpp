@@ -9,7 +9,7 @@ namespace {
 
 constexpr const char* kSchemas[] = {
     "attention(Tensor qkv, Tensor? cu_seqlens, Tensor? seed, float dropout) -> (Tensor, Tensor)",
-    "attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor? cu_seqlens, Tensor? seed,"
+    "attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor statistics, Tensor? cu_seqlens, Tensor? seed,"
     " float dropout) -> Tensor",
     "patch_gather(Tensor spectrogram, Tensor ids, int patch_t, int patch_f, int stride_t, int stride_f)"
     " -> Tensor",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from audiomae_kernels import _native
 from audiomae_kernels.attention import attention_ref, dropout_mask, philox, rounded_rate
-from budget import assert_within_budget, evaluate
+from budget import assert_within_budget, compare, evaluate
 from kernel_cases import CASES, attention_case, cases
 from tiers import OTHER_TIERS, check_in_tier
 from torch.nn import functional
@@ -226,7 +226,8 @@ SHAPES = [
 @pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_budget_of_shapes(case, dtype):
-    assert_within_budget(case.call("native"), case.reference(), partial(case.tensors, dtype), case.wrt())
+    """Over three draws: a gradient's largest error is that of a row with two large weights, which are few."""
+    assert_within_budget(case.call("native"), case.reference(), partial(case.tensors, dtype), case.wrt(), 3)
 
 
 @needs_library
@@ -243,14 +244,27 @@ def test_one_token_is_its_own_value(dtype):
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_logits(dtype):
-    """Scores of 1e5 and more: finite, and each query takes its best key."""
-    qkv = (300 * torch.randn(2, 40, 3, 2, 32)).to(dtype)
-    qkv[:, :, 2] /= 300
-    results = evaluate(partial(ak.attention, impl="native"), {"qkv": qkv}, ["qkv"])
-    assert all(x.isfinite().all() for x in results.values())
-    expected = attention_ref(qkv.double())
-    torch.testing.assert_close(results["output"].double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+@pytest.mark.parametrize("scale", [30, 300, 3e4, 3e5])
+def test_large_logits(scale, dtype):
+    """Scores of 3e3, 3e5 and up to 1e11, where a row is its best key: the gradient of v is exact, and what is left of
+    those of q and k are roundings of dP and of rowsum(do o), which cancel.
+    """
+    qkv = torch.randn(2, 40, 3, 2, 32)
+    qkv[:, :, :2] *= scale
+    qkv, cotangent = qkv.to(dtype), torch.randn(2, 40, 64).to(dtype)
+    actual = evaluate(partial(ak.attention, impl="native"), {"qkv": qkv}, ["qkv"], cotangent)
+    eager = evaluate(attention_ref, {"qkv": qkv}, ["qkv"], cotangent)
+    exact = evaluate(attention_ref, {"qkv": qkv.double()}, ["qkv"], cotangent.double())
+    judged = [{"output": r["output"], "grad of v": r["grad of qkv"][:, :, 2]} for r in (actual, eager, exact)]
+    compare(*([results] for results in judged))
+    # |dP| is at most |do| |v|; of the two terms one is summed in float32, the other rounded with the output.
+    grads = (
+        cotangent.double().unflatten(-1, (2, 32)).norm(dim=-1).max()
+        * qkv[:, :, 2].double().norm(dim=-1).max()
+    )
+    budget = 2 * torch.finfo(dtype).eps * grads * qkv[:, :, :2].abs().max() / 32**0.5
+    error = (actual["grad of qkv"].double() - exact["grad of qkv"])[:, :, :2].abs().max()
+    assert error <= budget + 2 * (eager["grad of qkv"].double() - exact["grad of qkv"])[:, :, :2].abs().max()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -353,7 +367,7 @@ def test_what_is_kept_for_the_backward_pass(impl):
     qkv = torch.randn(2, 64, 3, 2, 16).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         ak.attention(qkv, dropout=0.1, impl=impl)
-    assert sum(kept_bytes.values()) == 4 * 2 * 64 * (4 * 32 + 2) + 8  # qkv, out, the log-sum-exp; the seed
+    assert sum(kept_bytes.values()) == 4 * 2 * 64 * (4 * 32 + 2 * 2) + 8  # qkv, out, the statistics; the seed
 
 
 def test_there_is_no_triton_implementation():
@@ -409,7 +423,7 @@ def test_cu_seqlens_that_are_wrong(impl, ends):
         ak.attention(QKV[0], cu_seqlens=torch.tensor(ends, dtype=torch.int32), impl=impl)
 
 
-LSE, OUT = torch.zeros(2, 4, 1), torch.zeros(2, 4, 8)
+STATISTICS, OUT = torch.zeros(2, 4, 1, 2), torch.zeros(2, 4, 8)
 
 
 @needs_library
@@ -423,18 +437,18 @@ LSE, OUT = torch.zeros(2, 4, 1), torch.zeros(2, 4, 8)
         ("attention", (QKV[0], ENDS.long(), None, 0.0), "int32 cu_seqlens"),
         (
             "attention_backward",
-            (OUT[:1], QKV, OUT, LSE, None, None, 0.0),
+            (OUT[:1], QKV, OUT, STATISTICS, None, None, 0.0),
             "a gradient of the output's shape and dtype",
         ),
         (
             "attention_backward",
-            (OUT, QKV, OUT.bfloat16(), LSE, None, None, 0.0),
+            (OUT, QKV, OUT.bfloat16(), STATISTICS, None, None, 0.0),
             "an output of the shape and dtype that it has",
         ),
         (
             "attention_backward",
             (OUT, QKV, OUT, OUT, None, None, 0.0),
-            "a float32 logsumexp of each token and head",
+            "two float32 statistics of each token and head",
         ),
     ],
 )

@@ -325,6 +325,8 @@ def instructions(path):
     return [re.sub(r" +", "\t", line, count=1) for line in code]
 
 
+BF16_SOURCES = ("attention.cpp", "info_nce.cpp", "window_attention.cpp")
+
 only_x86_64 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="Only x86-64 has more than one tier.")
 
 
@@ -338,9 +340,9 @@ def test_tier_objects(tier):
     for source, path in objects(tier).items():
         code = instructions(path)
         assert not [line for line in code if lacks.match(line) or lacks.search(line, line.find("\t"))], source
-        if tier not in ("avx512_bf16", "amx") or source in ("info_nce.cpp", "window_attention.cpp"):
+        if tier not in ("avx512_bf16", "amx") or source in BF16_SOURCES:
             assert any(holds.search(line) for line in code), source
-        if source in ("patch_gather.cpp", "masked_mse.cpp", "window_attention.cpp"):
+        if source in ("attention.cpp", "patch_gather.cpp", "masked_mse.cpp", "window_attention.cpp"):
             assert any(line.startswith("prefetch") for line in code), source
         if tier != "portable":  # which has the entries, and so functions of libraries
             symbols = examined("nm", "-C", "--defined-only", path).splitlines()

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not _native.available(), reason=_native.why_not(
 @pytest.mark.parametrize(
     "first, last",
     [(0, 64), pytest.param(1000, 2500, marks=pytest.mark.slow)],
-    ids=["384 cases", "9000 cases"],
+    ids=["64 of each op", "1500 of each op"],
 )
 def test_fuzz(tier, first, last):
     path = os.pathsep.join(str(ROOT / folder) for folder in ("kernels", "tests"))
@@ -36,25 +36,25 @@ def test_fuzz(tier, first, last):
     assert done.stdout.split() == [tier, str(len(FUZZ) * (last - first))]
 
 
-@pytest.mark.parametrize("factor", [1, 1 + 2**-5])
-def test_a_window_attention_that_is_slightly_wrong_shows(monkeypatch, factor):
-    """In bfloat16 too: results four units too large at the most, where the budget is one and the rounding of eager's
-    result twice."""
-    right = ak.window_attention
+@pytest.mark.parametrize("factor", [1, 1 + 2**-4])
+@pytest.mark.parametrize(("op", "fewest"), [("window_attention", 13), ("attention", 9)])
+def test_an_attention_that_is_slightly_wrong_shows(monkeypatch, op, fewest, factor):
+    """In bfloat16 too: results eight units too large at the most, where the budget is a few."""
+    right = getattr(ak, op)
 
     def scaled(qkv, *parameters, impl, **options):
         return (factor * right(qkv, *parameters, impl=impl, **options).float()).to(qkv.dtype)
 
-    monkeypatch.setattr(ak, "window_attention", scaled)
+    monkeypatch.setattr(ak, op, scaled)
     monkeypatch.setattr(native_fuzz, "DTYPES", (torch.bfloat16, torch.bfloat16))
     wrong = []
     try:
         for seed in range(16):
             try:
-                native_fuzz.fuzz(seed, seed + 1, ["window_attention"])
+                native_fuzz.fuzz(seed, seed + 1, [op])
             except AssertionError as error:
                 wrong.append(str(error))
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(1)
-    assert len(wrong) == 0 if factor == 1 else len(wrong) > 12, wrong
+    assert len(wrong) == 0 if factor == 1 else len(wrong) >= fewest, wrong

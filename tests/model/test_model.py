@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 import audiomae
 from audiomae import Frontend, Mask, Output, pretrained
 from audiomae.config import MODELS, from_dict, model_config, replace
-from audiomae.model import DropPath, SpectrogramNorm, log_offsets, sincos_2d, sinusoids_1d
+from audiomae.model import Dropout, DropPath, SpectrogramNorm, log_offsets, sincos_2d, sinusoids_1d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -458,6 +458,37 @@ def test_bias_dropout():
     assert differs_in_training(small("audiomae_base"))
     assert not differs_in_training(small("audiomae_base", bias_dropout=0.0))
     assert MODELS["audiomae_base"].bias_dropout == 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 1 - 1e-6])
+def test_dropout(p, dtype):
+    """Values are kept or dropped independently, at the rate asked for, in the same places for the gradient."""
+    layer, x = Dropout(p).train(), torch.ones(3, 7, 11 * 997, dtype=dtype, requires_grad=True)
+    limit = min(round(p * 2**16), 2**16 - 1)
+    torch.manual_seed(0)
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y) and y.dtype == dtype
+    scale = torch.tensor(2**16 / (2**16 - limit), dtype=dtype).item()
+    assert set(y.unique().tolist()) <= {0.0, scale}
+    kept, n = (y != 0).double(), y.numel()
+    share = 1 - limit / 2**16
+    deviation = (share * (1 - share) / n) ** 0.5
+    assert abs(kept.mean().item() - share) < 5 * deviation
+    for distance in (1, 2, 4):  # neighbours share a random word
+        both = (kept.flatten()[:-distance] * kept.flatten()[distance:]).mean().item()
+        assert abs(both - share**2) < 5 * (share**2 * (1 - share**2) / n) ** 0.5 + 2 * share * 5 * deviation
+    torch.manual_seed(0)
+    assert torch.equal(layer(x), y)
+    assert not torch.equal(layer(x), y) or share < 1e-4
+    assert layer.eval()(x) is x
+
+
+def test_dropout_of_nothing_and_of_all():
+    x = torch.ones(5)
+    assert torch.equal(Dropout(0.0).train()(x), x) and not Dropout(1.0).train()(x).any()
+    assert Dropout(0.5).train()(torch.ones(0, 4)).shape == (0, 4)
 
 
 def test_drop_path():

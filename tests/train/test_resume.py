@@ -67,7 +67,7 @@ CASES = {
     "cross": {
         "model": "audiomae_small",
         "overrides": {"decoder": "cross", "decode_ratio": 0.5},
-        "picture_every": 2,
+        "picture_every": 4,
     },
     "ssast": {"model": "ssast_patch_tiny", "optimizer": "adam", "schedule": "plateau", "val_every": 2},
 }
@@ -128,7 +128,7 @@ def killed(config, moments, seed):
 
 @pytest.mark.parametrize("moments", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(clips, tmp_path, moments):
-    settings = {"steps": 12 * moments, "save_every": 4, "accumulate": 1}
+    settings = {"steps": 8 * moments, "save_every": 4, "accumulate": 1}
     config = tiny(clips, tmp_path / "killed", **settings, resume=True)
     killed(config, moments, seed=moments)
     whole = tiny(clips, tmp_path / "whole", **settings)

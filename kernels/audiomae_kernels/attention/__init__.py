@@ -34,7 +34,7 @@ def attention(
     threads drops the same ones. The seed is drawn from PyTorch's CPU generator, which `torch.manual_seed` seeds.
     The rate is rounded to a multiple of 2^-16.
 
-    Kept for the backward pass: qkv, the output, and a float32 log-sum-exp for each token and head.
+    Kept for the backward pass: qkv, the output, and two float32 statistics for each token and head.
 
     Args:
         qkv: (B, L, 3, H, d), any float dtype; or clips one after the other, (total, 3, H, d) with `cu_seqlens`.
@@ -97,9 +97,9 @@ def _seed(dropout: float, generator: torch.Generator | None, seed: Tensor | None
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
     qkv, cu_seqlens, seed = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(qkv, out, lse, cu_seqlens, seed)
+    out, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(qkv, out, statistics, cu_seqlens, seed)
     ctx.options = keyword_only_inputs
 
 
@@ -111,9 +111,9 @@ def _native_forward(qkv, cu_seqlens, seed, *, dropout):
     return torch.ops.audiomae_native.attention.default(qkv, cu_seqlens, seed, dropout)
 
 
-def _native_backward(grad, qkv, out, lse, cu_seqlens, seed, *, dropout):
+def _native_backward(grad, qkv, out, statistics, cu_seqlens, seed, *, dropout):
     return torch.ops.audiomae_native.attention_backward.default(
-        grad, qkv, out, lse, cu_seqlens, seed, dropout
+        grad, qkv, out, statistics, cu_seqlens, seed, dropout
     )
 
 

@@ -80,38 +80,49 @@ def attention_ref(
 def attention_forward_ref(
     qkv: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, *, dropout: float, upcast: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The output and, for the backward pass, the log-sum-exp (..., H) of each row of scores."""
-    outs, lses = [], []
+    """The output and, for the backward pass, the (..., H, 2) statistics of each row of scores: the highest one, and the
+    logarithm of the sum of e^(score - highest). Added up they would lose digits where scores are large.
+    """
+    outs, statistics = [], []
     for clips, part in _clips(cu_seqlens, qkv):
         q, k, v = _heads(part, upcast)
-        scores = q @ k.mT * q.shape[-1] ** -0.5
+        scores = q @ k.mT * max(1, q.shape[-1]) ** -0.5
         weights = _drop(scores.softmax(-1), seed, clips, dropout)
         outs.append((weights @ v).transpose(1, 2).flatten(2).to(qkv.dtype))
-        lses.append(scores.logsumexp(-1).transpose(1, 2).to(loss_dtype(qkv)))
-    return tuple(_joined(parts, cu_seqlens) for parts in (outs, lses))
+        scores = scores.to(loss_dtype(qkv))
+        highest = (
+            scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_empty(*scores.shape[:-1], 1)
+        )
+        of_rows = torch.cat([highest, (scores - highest).exp().sum(-1, keepdim=True).log()], -1)
+        statistics.append(of_rows.transpose(1, 2))
+    return tuple(_joined(parts, cu_seqlens) for parts in (outs, statistics))
 
 
 def attention_backward_ref(
     grad: Tensor,
     qkv: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     cu_seqlens: Tensor | None,
     seed: Tensor | None,
     *,
     dropout: float,
 ) -> Tensor:
-    """Gradient of qkv; the weights are computed again from the log-sum-exp."""
+    """Gradient of qkv; the weights are computed again from the statistics."""
     grads = []
     H, d = qkv.shape[-2:]
     for (clips, part), *parts in zip(
-        *(_clips(cu_seqlens, x) for x in (qkv, grad.unflatten(-1, (H, d)), out.unflatten(-1, (H, d)), lse)),
+        *(
+            _clips(cu_seqlens, x)
+            for x in (qkv, grad.unflatten(-1, (H, d)), out.unflatten(-1, (H, d)), statistics)
+        ),
         strict=True,
     ):
         q, k, v = _heads(part, upcast=True)
         d_out, o = (x.to(q.dtype).transpose(1, 2) for _, x in parts[:2])
-        scale = d**-0.5
-        weights = (q @ k.mT * scale - parts[2][1].transpose(1, 2)[..., None]).exp()
+        scale = max(1, d) ** -0.5
+        highest, log_sum = parts[2][1].transpose(1, 2).split(1, dim=-1)
+        weights = (q @ k.mT * scale - highest - log_sum).exp()
         d_v = _drop(weights, seed, clips, dropout).mT @ d_out
         d_weights = _drop(d_out @ v.mT, seed, clips, dropout)
         d_scores = weights * (d_weights - (d_out * o).sum(-1, keepdim=True)) * scale
@@ -130,7 +141,7 @@ def _clips(cu_seqlens: Tensor | None, x: Tensor) -> list[tuple[int | range, Tens
             f"attention expects cu_seqlens that rise from 0 to the number of tokens, {x.shape[0]}."
         )
     clips = [(range(i, i + 1), x[None, a:b]) for i, (a, b) in enumerate(pairwise(ends))]
-    return clips or [(0, x[None])]
+    return clips or [(range(1), x[None])]
 
 
 def _joined(parts: list[Tensor], cu_seqlens: Tensor | None) -> Tensor:
