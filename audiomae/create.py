@@ -61,7 +61,7 @@ def _what_the_name_says(config: EncoderConfig | None, pretrained: str | Path) ->
 def create_classifier(
     name: str | None,
     num_classes: int,
-    frames: int = 1024,
+    frames: int | None = 1024,
     pretrained: str | Path | None = None,
     **overrides: Any,
 ) -> Classifier:
@@ -70,7 +70,7 @@ def create_classifier(
     Args:
         name: one of `list_models()`; None takes the architecture of the pre-trained weights.
         num_classes: outputs of the head.
-        frames: length of the clips.
+        frames: length of the clips; None takes that of the pre-trained weights, or the named model's.
         pretrained: path or hub id of the weights to start from (`load`); their encoder and positions are
             taken, head and fc_norm start fresh. Without it positions are on the right grid ("grid").
         overrides: fields of `ClassifierConfig`, for example
@@ -93,6 +93,7 @@ def create_classifier(
     fields |= {"final_norm": encoder.family == "ssast", **dict.fromkeys(_REGULARISATION, 0.0)}
     if source is None and fields["positions"] == "transposed":
         fields["positions"] = "grid"
+    frames = encoder.frames if frames is None else frames
     fields |= {"frames": frames, "frontend": replace(encoder.frontend, frames=frames, labels=None)}
     model = Classifier(replace(ClassifierConfig(**fields, num_classes=num_classes), **overrides))
     if source is not None:

@@ -7,8 +7,8 @@ the same steps, rates and regularisation. Accuracy is that on other clips, over 
     python examples/finetuning.py                      # the synthetic sounds
     python examples/finetuning.py --data recordings    # or a folder with a folder of recordings for each label
 
-It prints a table and writes `results.json` into --out. Pre-trained models that --out has already, from an earlier start
-of it, are used again.
+It prints a table and writes `results.json` into --out. Runs that --out has already, with the same settings, are not
+made again.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import json
 import shutil
 
 import numpy as np
+import yaml
 from learning import FRAMES, MODEL, add_options, prepare, pretrain_on
 
 from audiomae.finetune import EvaluateConfig, TuneConfig, evaluate, finetune
@@ -36,7 +37,6 @@ def write_labels(path, recordings, **splits):
 
 def tune(recordings, table, size, out, seed, steps, lr, **start):
     """Test accuracy after all weights were fine-tuned on `size` clips; `start` says from which."""
-    shutil.rmtree(out, ignore_errors=True)
     config = TuneConfig(
         task="custom",
         data=[str(table)],
@@ -55,16 +55,18 @@ def tune(recordings, table, size, out, seed, steps, lr, **start):
         workers=1,
         **start,
     )
-    if finetune(config) is None:
-        raise SystemExit("fine-tuning was asked to end")
+    if not (out / "test").is_dir() or yaml.safe_load((out / "config.yaml").read_text()) != config.to_dict():
+        shutil.rmtree(out, ignore_errors=True)
+        if finetune(config) is None:
+            raise SystemExit("fine-tuning was asked to end")
     return evaluate(EvaluateConfig(model=str(out), workers=1))[""].value
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_options(parser, out="runs/finetuning", steps=400)
-    parser.add_argument("--tune-steps", type=int, default=100, help="of fine-tuning; default: %(default)s")
-    parser.add_argument("--lr", type=float, default=5e-4, help="of fine-tuning; default: %(default)s")
+    parser.add_argument("--tune-steps", type=int, default=300, help="of fine-tuning; default: %(default)s")
+    parser.add_argument("--lr", type=float, default=2e-3, help="of fine-tuning; default: %(default)s")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     recordings = prepare(options)

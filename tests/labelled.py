@@ -123,6 +123,7 @@ def iemocap(root):
             labels = place / "dialog" / "EmoEvaluation" / f"{dialog}.txt"
             labels.parent.mkdir(parents=True, exist_ok=True)
             labels.write_text("\n".join(lines) + "\n")
+            labels.with_name(f"._{labels.name}").write_bytes(b"\x00\x05\x16\x07\xb0\xff")  # as in the release
     return root
 
 

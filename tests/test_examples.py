@@ -68,19 +68,18 @@ def test_learning(call, tmp_path, capsys):
     assert matplotlib.image.imread(tmp_path / "learning.png").shape[2] == 4
 
 
-def test_finetuning(call, tmp_path, capsys):
-    """From both starts; a model that was pre-trained already is used again."""
+def test_finetuning(call, tmp_path, monkeypatch, capsys):
+    """From both starts; what was trained already is not trained again, unless with other settings."""
     import finetuning
 
-    for _ in range(2):
-        call(finetuning, "--tune-steps", "0")
-        made = (tmp_path / "run-0" / "model" / "model.safetensors").stat().st_mtime_ns
+    tuned, whole = [], finetuning.finetune
+    monkeypatch.setattr(finetuning, "finetune", lambda config: tuned.append(config) or whole(config))
+    for steps, runs in ((0, 2), (0, 2), (1, 4)):
+        call(finetuning, "--tune-steps", str(steps))
+        assert len(tuned) == runs
     results = json.loads((tmp_path / "results.json").read_text())
     assert [len(results[name]) for name in ("random", "pre-trained")] == [1, 1]
     assert "| pre-trained     |" in capsys.readouterr().out
-    for name in ("random", "pre-trained"):
-        assert (tmp_path / f"tune-{name}-0" / "model").is_dir()
-    assert (tmp_path / "run-0" / "model" / "model.safetensors").stat().st_mtime_ns == made
 
 
 def test_ablations(call, tmp_path, monkeypatch, capsys):

@@ -127,6 +127,10 @@ class TuneConfig(RunConfig):
         if (self.replacement or self.epoch_clips is not None) and not self.balanced:
             raise ValueError("--replacement and --epoch-clips say how --balanced draws clips: add it")
 
+    @property
+    def start(self) -> str | None:
+        return self.pretrained or self.model
+
     @classmethod
     def of_recipe(cls, name: str | None, task: str | None = None) -> dict[str, Any]:
         """The settings of a recipe; without a name, those of the task's own."""

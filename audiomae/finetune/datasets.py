@@ -50,7 +50,8 @@ class Splits:
     def __getitem__(self, split: str) -> Source:
         source = getattr(self, split)
         if source is None:
-            raise AudioError(f"{self.train.name} has no {split} split")
+            there = ", ".join(name for name in SPLITS if getattr(self, name) is not None)
+            raise AudioError(f"{self.train.name}: there is no {split} split, only {there}")
         return source
 
 
@@ -300,7 +301,13 @@ def speech_commands_v1(data: Sequence[str], val_data: Sequence[str], fold: int |
     root = _root(Path(data[0]).expanduser(), title, SPEECH_COMMANDS_V1, inside, needs)
     labels = (*KEYWORDS, "_silence_", "_unknown_")
     tests = root.parent / "speech_commands_test_set_v0.01"
-    _root(root.parent, title, SPEECH_COMMANDS_V1, (), (tests.name, *(f"{tests.name}/{label}" for label in labels)))
+    _root(
+        root.parent,
+        title,
+        SPEECH_COMMANDS_V1,
+        (),
+        (tests.name, *(f"{tests.name}/{label}" for label in labels)),
+    )
     noise = [(str(path), "_silence_") for path in sorted((root / "_background_noise_").glob("*.wav"))]
     if not noise:
         raise AudioError(f"{root}/_background_noise_: holds no recordings. {title} is {SPEECH_COMMANDS_V1}")
@@ -383,8 +390,14 @@ def iemocap(data: Sequence[str], val_data: Sequence[str], fold: int | None) -> S
 
 def _iemocap_session(root: Path, session: int) -> list[tuple[str, str]]:
     datasets = _torchaudio_datasets("IEMOCAP")
-    with TemporaryDirectory() as folder:  # torchaudio looks below a folder of this name only
-        Path(folder, "IEMOCAP").symlink_to(root.resolve(), target_is_directory=True)
+    place = root.resolve() / f"Session{session}"
+    # torchaudio looks below a folder named IEMOCAP, and trips over the files ._*.txt that the release has.
+    with TemporaryDirectory() as folder:
+        labels = Path(folder, "IEMOCAP", place.name, "dialog", "EmoEvaluation")
+        labels.mkdir(parents=True)
+        (labels.parents[1] / "sentences").symlink_to(place / "sentences", target_is_directory=True)
+        for file in sorted((place / "dialog" / "EmoEvaluation").glob("[!.]*.txt")):
+            (labels / file.name).symlink_to(file)
         found = datasets.IEMOCAP(folder, sessions=(session,))
         items = [found.get_metadata(i) for i in range(len(found))]
     return [(str(root / path), _EMOTIONS[label]) for path, _, _, label, _ in items if label in _EMOTIONS]

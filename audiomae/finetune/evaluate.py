@@ -96,8 +96,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Report]:
     """
     config.check()
     with Processes(config.device) as processes:
-        folder = Path(config.model)
-        fold = config.fold
+        folder, fold = Path(config.model), config.fold
+        place = folder if folder.is_dir() else folder.parent if folder.is_file() else Path()
+        out = Path(config.out) if config.out else place / config.split
         if fold is None and (folder / "fold-1").is_dir():
             fold = "all"
         if fold == "all":
@@ -110,20 +111,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Report]:
             runs = {fold or "": inside if inside.is_dir() else folder}
         reports, task = {}, None
         for number, path in runs.items():
-            task, number, reports_of = _evaluate_one(config, path, number or None, processes)
+            task, number, reports_of = _evaluate_one(config, path, number or None, out, processes)
             reports[number or ""] = reports_of
         title = f"{TASKS[task].title}, {config.split}" + (
             f", fold {fold}" if fold not in (None, "all") else ""
-        )
-        out = (
-            Path(config.out) if config.out else (folder if folder.is_dir() else folder.parent) / config.split
         )
         tell(reports, title, out, processes)
     return reports
 
 
 def _evaluate_one(
-    config: EvaluateConfig, path: Path, fold: str | None, processes: Processes
+    config: EvaluateConfig, path: Path, fold: str | None, out: Path, processes: Processes
 ) -> tuple[str, str | None, Report]:
     run, source = {}, path
     for folder in (path, path.parent):  # of the run, or the folder with its model
@@ -156,6 +154,10 @@ def _evaluate_one(
             f"{TASKS[task].title} has {len(splits.label_names)} ({', '.join(splits.label_names[:3])}, ...)"
         )
     split, frontend = splits[config.split], model.config.frontend
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}; choose another folder") from error
     dataset = ClipDataset([split], frontend, random_crop=False, seconds=TASKS[task].seconds)
     sampler = ClipSampler(
         [split], batch_size=config.batch_size, shuffle=False, drop_last=False,
@@ -192,8 +194,7 @@ def tell(reports: Mapping[str, Report], title: str, folder: Path, processes: Pro
                 (folder / "metrics.json").write_text(json.dumps(summary(reports), indent=2) + "\n")
         except (OSError, ImportError) as caught:
             error = OSError(f"{folder} could not be written: {caught}")
-        print(table(reports, title), flush=True)
-        print(f"wrote {folder}", flush=True)
+        print(table(reports, title), f"wrote {folder}" if error is None else "", sep="\n", flush=True)
     processes.agree(error)
 
 

@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 from torch.utils.data import DataLoader
 
 from ..classifier import Classifier
-from ..config import ClassifierConfig, list_models, model_config
-from ..create import create_classifier, load
+from ..config import ClassifierConfig, list_models
+from ..create import create_classifier
 from ..data import (
     BalancedSampler,
     Batch,
@@ -84,6 +84,11 @@ class Tuner(Loop):
         if config.ema is not None:
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         elif config.average_from is not None:
+            if config.average_from * self._epoch > self.total:
+                raise ValueError(
+                    f"--average-from {config.average_from} is never reached: the run ends in epoch "
+                    f"{self.total / self._epoch:.3g}. Name an earlier epoch, or null for no average"
+                )
             self.average = AveragedModel(self.model, multi_avg_fn=get_swa_multi_avg_fn())
 
     def _create(self) -> Classifier:
@@ -98,14 +103,11 @@ class Tuner(Loop):
         published = task.settings
         if c.pretrained in list_models():
             raise ValueError(f"--pretrained {c.pretrained} names an untrained model: give it as --model")
-        given = None if c.pretrained is None else load(c.pretrained).config
-        base = model_config(c.model) if given is None else given
-        frames = c.frames or (base.frames if published is None else published.frames)
         names = self.splits.label_names
         model = create_classifier(
             c.model,
             len(names),
-            frames=frames,
+            frames=c.frames or (published and published.frames),
             pretrained=c.pretrained,
             **{
                 "drop_path": c.drop_path,

@@ -184,6 +184,11 @@ class RunConfig:
         return cls(**values)
 
     @property
+    def start(self) -> str | None:
+        """What a run starts from, for its first line."""
+        return self.model
+
+    @property
     def folder(self) -> Path:
         return Path(self.out)
 

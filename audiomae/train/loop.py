@@ -123,7 +123,7 @@ class Loop:
         self.warmup = config.warmup(len(self.sampler))
         self.lr = config.learning_rate(processes.world_size)
         self.failures = FailureLog()
-        self.metric: float | None = None  # of the newest validation; the lower the better
+        self.metric: float | None = None  # of the weights as they are, where measured; the lower the better
         _seed(_entropy(config.seed, DROPOUT, processes.rank))  # and different dropout
 
     def _create(self) -> SpectrogramModel:
@@ -225,7 +225,7 @@ class Loop:
                 )
                 return False
             self._step(micro)
-            self.step += 1
+            self.step, self.metric = self.step + 1, None
             last = self.step == self.total
             side = False
             validates = self.val_loader is not None and (last or self.step % val_every == 0)
@@ -337,7 +337,7 @@ class Loop:
         start = f"from step {self.step} " if self.step else ""
         how = "" if ranks == 1 else f" in {ranks} processes ({'FSDP2' if c.fsdp else 'DDP'})"
         self.log.say(
-            f"{c.model}, {count:.1f} M parameters, {sum(self.sampler.sizes)} clips, {start}to step {self.total}, "
+            f"{c.start}, {count:.1f} M parameters, {sum(self.sampler.sizes)} clips, {start}to step {self.total}, "
             f"{c.batch_size * c.accumulate * ranks} clips per step, on {self.device}, {c.precision}{how}"
         )
 
@@ -381,7 +381,8 @@ class Loop:
                 f"{what} in steps {self._first + 1} to {self.step}; {saved}. Lower the learning rate ({lr:.3g} "
                 "here), lengthen the warm-up, clip gradients (--clip-grad), or use --precision bf16 in place of fp16"
             )
-        self.train_loss = losses["loss"]
+        if self.val_loader is None:
+            self.metric = losses["loss"]
         self._restart_interval()
 
     @contextmanager
@@ -443,9 +444,8 @@ class Loop:
             self._together(explained(dcp.save, sharded, checkpoint_id=partial), everywhere=True)
         else:
             state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        metric = self.train_loss if self.val_loader is None else self.metric
         self._together(explained(write_state, partial / STATE, state))
-        self._together(explained(folder.finish, self.step, metric))
+        self._together(explained(folder.finish, self.step, self.metric))
         self.saved = self.step
 
     def _resume(self) -> None:

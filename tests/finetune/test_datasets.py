@@ -117,7 +117,7 @@ def test_custom_folders(tmp_path):
         labelled.class_folders(tmp_path / "split" / split, clips=clips)
     splits = TASKS["custom"].open([str(tmp_path / "split")])
     assert (len(splits.train), len(splits.val), splits.test) == (12, 6, None)
-    with pytest.raises(AudioError, match="has no test split"):
+    with pytest.raises(AudioError, match="there is no test split, only train, val"):
         splits["test"]
     held = TASKS["custom"].open([str(tmp_path / "plain")], [str(tmp_path / "split" / "validation")])
     assert (len(held.train), len(held.val), held.test) == (30, 6, None)

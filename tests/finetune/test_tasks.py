@@ -12,24 +12,24 @@ from labelled import run, settings_of, small
 from pretraining import assert_same_bits, state_of
 
 import audiomae
-from audiomae.finetune import TASKS, Tuner
+from audiomae.finetune import RECIPES, TASKS, Tuner
 from audiomae.train import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SHORT = ["--frames", "48"]
-#: name: (builder, words, clips of the test split, labels)
+#: task: (builder, words, clips of the test split, labels)
 CASES = {
-    "as20k": (labelled.audioset, SHORT, 5, 4),
-    "as2m": (lambda root: labelled.audioset(root, full=True), [*SHORT, "--epoch-clips", "12"], 5, 4),
-    "esc50": (labelled.esc50, [*SHORT, "--fold", "2"], 5, 5),
-    "spc2": (lambda root: labelled.speech_commands(root, 2), SHORT, 35, 35),
-    "spc1": (lambda root: labelled.speech_commands(root, 1), SHORT, 12, 12),
-    "voxceleb1": (labelled.voxceleb1, SHORT, 6, 3),
-    "iemocap": (labelled.iemocap, [*SHORT, "--fold", "5"], 10, 4),
-    "custom": (labelled.class_folders, SHORT, 3, 3),
-    "custom-csv": (labelled.csv_file, SHORT, 3, 3),
+    "as20k": (labelled.audioset, [], 5, 4),
+    "as2m": (lambda root: labelled.audioset(root, full=True), ["--epoch-clips", "12"], 5, 4),
+    "esc50": (labelled.esc50, ["--fold", "2"], 5, 5),
+    "spc2": (lambda root: labelled.speech_commands(root, 2), [], 35, 35),
+    "spc1": (lambda root: labelled.speech_commands(root, 1), [], 12, 12),
+    "voxceleb1": (labelled.voxceleb1, [], 6, 3),
+    "iemocap": (labelled.iemocap, ["--fold", "5"], 10, 4),
+    "custom": (labelled.class_folders, [], 3, 3),
+    "custom-csv": (labelled.csv_file, [], 3, 3),
 }
+MODELS = {"audiomae": "audiomae_small", "mae_ast": "mae_ast_patch_base", "ssast": "ssast_patch_tiny"}
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +63,19 @@ def signalled(monkeypatch):
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_tune_evaluate_interrupt_resume_evaluate(folders, tmp_path, signalled, capsys, name):
-    _, words, clips, classes = CASES[name]
-    task = name.split("-")[0]
-    words = ["--task", task, *words]
+@pytest.mark.parametrize("recipe", [*RECIPES, "custom", "custom-csv"])
+def test_tune_evaluate_interrupt_resume_evaluate(folders, tmp_path, signalled, capsys, recipe):
+    """Each published recipe, but for the steps, the batch and the size of the model."""
+    case = RECIPES[recipe]["task"] if recipe in RECIPES else recipe
+    _, words, clips, classes = CASES[case]
+    name, task = case, case.split("-")[0]
+    words = ["--task", task, "--frames", "48", *words]
+    if recipe in RECIPES:
+        words += ["--recipe", recipe, "--model", MODELS[recipe.split(".")[0]]]
+    if recipe.endswith("st.as20k"):
+        words += ["--average-from", "1"]
+    if recipe.startswith("ssast"):
+        words += ["--model-overrides", json.dumps(labelled.TINY | {"stride": [10, 10]})]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(*small(folders(name), whole, *words)) == 0
     capsys.readouterr()

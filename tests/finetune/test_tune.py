@@ -1,7 +1,9 @@
 """What a step and a run of fine-tuning are: rates by layer, losses, averaged weights, the weights that are kept."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import labelled
@@ -220,6 +222,12 @@ def test_stopped_and_resumed_equals_not_stopped(data, tmp_path, monkeypatch, cas
     assert_same_bits(*(audiomae.load(Path(c.out) / "model").state_dict() for c in (parts, whole)))
 
 
+def test_an_average_that_never_comes(data, tmp_path):
+    with pytest.raises(ValueError, match="--average-from 3 is never reached: the run ends in epoch 2"):
+        finetune(config(data["many"], tmp_path / "run", average_from=3))
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_with_another_average(data, tmp_path):
     finetune(config(data["one"], tmp_path / "run", steps=1))
     with pytest.raises(ValueError, match="holds a run without averaged weights: go on with the same --ema"):
@@ -242,6 +250,28 @@ def test_the_best_by_the_metric_on_the_validation_split(data, tmp_path, monkeypa
     weights = audiomae.load(finetune(run_)).state_dict()
     assert Checkpoints(tmp_path / "run" / "checkpoints").best().step == 2
     assert_same_bits(weights, state_of(run_.out, kept)["model"])
+
+
+def test_stopped_between_validations(data, tmp_path, monkeypatch):
+    """What was saved there was not measured, and does not become the model."""
+    settings = {"steps": 6, "val_every": 2, "save_every": 2, "select": "best", "lr": 1e-2}
+    measured, step = Tuner._validate, Tuner._step
+
+    def validate(self):
+        measured(self)
+        self.metric = -{2: 0.9, 4: 0.5, 6: 0.7}[self.step]
+
+    def interrupted(self, micro):
+        step(self, micro)
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Tuner, "_validate", validate)
+    finetune(config(data["one"], tmp_path / "whole", **settings))
+    monkeypatch.setattr(Tuner, "_step", interrupted)
+    assert finetune(config(data["one"], tmp_path / "parts", **settings)) is None
+    finetune(config(data["one"], tmp_path / "parts", **settings, resume=True))
+    assert_same_bits(*(audiomae.load(tmp_path / name / "model").state_dict() for name in ("parts", "whole")))
 
 
 def test_without_a_validation_split_the_last_weights_are_kept(data, tmp_path):
@@ -322,6 +352,9 @@ def test_a_published_fine_tuned_checkpoint(tmp_path, capsys):
     assert "has no classes yet: fine-tune it first" in capsys.readouterr().err
     assert run("evaluate", "--model", tmp_path / "ours") == 1
     assert "there is no --task" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert run(*words, tmp_path / "ours", "--out", tmp_path / "file" / "x") == 1
+    assert "cannot be written: Not a directory; choose another folder" in capsys.readouterr().err
     esc = labelled.esc50(tmp_path / "esc")
     assert run("evaluate", "--model", tmp_path / "ours", "--task", "esc50", "--data", esc, "--fold", 1) == 1
     assert "tells 4 classes apart" in capsys.readouterr().err

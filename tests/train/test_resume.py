@@ -101,6 +101,16 @@ def test_stopped_and_resumed_equals_not_stopped(clips, tmp_path, signalled, caps
     assert_same_bits(*models)
 
 
+def test_a_signal_before_anything_was_measured(clips, tmp_path, signalled):
+    """What is saved then is no candidate for the best."""
+    config = tiny(clips, tmp_path / "run", log_every=100, save_every=100)
+    signalled(2, signal.SIGTERM)
+    assert pretrain(config) is None
+    assert [(c.step, c.metric) for c in Checkpoints(tmp_path / "run" / "checkpoints").complete()] == [
+        (3, None)
+    ]
+
+
 def killed(config, moments, seed):
     """Kill -9 at random moments and go on; the checkpoints are looked at each time."""
     generator = random.Random(seed)
