@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 import warnings
+from functools import partial
 from pathlib import Path
 
 import audiomae_kernels as ak
@@ -319,6 +320,15 @@ def test_what_is_not_installed_is_listed_with_its_reason(small, tmp_path, monkey
         and "- flash-attn: flash-attn does not import: " in text
     )
     assert "- flash-attn: flash-attn takes no bias. (" in text
+
+
+@pytest.mark.no_poison
+def test_compiled_providers_are_measured(small, tmp_path, monkeypatch):
+    """With gradients and their memory, whatever the compiler makes of the op."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    (group,) = bench(tmp_path, "--ops", "unshuffle", "--dtypes", "fp32", "--providers", "eager", "compiled")
+    row = group.rows["compiled"]
+    assert not row.error and row.seconds and row.metrics["saved"] > 0
 
 
 def test_no_compiler_costs_a_row_and_not_the_run(small, tmp_path, monkeypatch):
