@@ -22,18 +22,40 @@ _REGULARISATION = ("dropout", "attention_dropout", "input_dropout", "layer_drop"
 _CHECKPOINTS = (".pth", ".pt", ".bin", ".safetensors")
 
 
-def create_model(name: str, **overrides: Any) -> MaskedAutoencoder | SSAST:
-    """A pre-training model, freshly initialised.
+def create_model(
+    name: str, pretrained: str | Path | None = None, **overrides: Any
+) -> MaskedAutoencoder | SSAST:
+    """A pre-training model, freshly initialised or with its weights.
 
     Args:
         name: one of `list_models()`.
+        pretrained: path or hub id of the weights (`load`), ours or published. They must be those of the named model;
+            their front end, positions and target stay as they are there.
         overrides: fields of its configuration (`MAEConfig`, `SSASTConfig`), for example `mask_ratio=0.75`,
-            `patch=(32, 16), stride=(16, 16)`, `decoder="hybrid"`, `frames=512`.
+            `patch=(32, 16), stride=(16, 16)`, `decoder="hybrid"`, `frames=512`; `decoder="none"` takes the encoder of
+            pre-trained weights alone.
 
     Raises:
-        ValueError: an unknown name or field (near ones are suggested), or a value out of range.
+        ValueError: an unknown name or field (near ones are suggested), a value out of range, or weights of another
+            architecture.
     """
-    return build(model_config(name, **overrides))
+    config = model_config(name, **overrides)
+    if pretrained is None:
+        return build(config)
+    model = load(pretrained, **_what_the_name_says(config, pretrained), **overrides)
+    if type(model).config_class is not type(config):
+        raise ValueError(
+            f"{pretrained} holds a {type(model).__name__}, which is no {name}; audiomae.load loads it as it is"
+        )
+    _check_same_architecture(config, {}, model.config, pretrained)
+    return model
+
+
+def _what_the_name_says(config: EncoderConfig | None, pretrained: str | Path) -> dict[str, Any]:
+    """What a published checkpoint's tensors cannot say, and the name of the model does."""
+    if config is None or config.family != "mae_ast" or not Path(pretrained).is_file():
+        return {}
+    return {"tokens": "frame" if config.patch[1] == config.mel_bins else "patch"}
 
 
 def create_classifier(
@@ -61,10 +83,11 @@ def create_classifier(
         raise ValueError(
             "a classifier needs the name of a model, or pre-trained weights to take its encoder from"
         )
-    source = None if pretrained is None else load(pretrained)
-    encoder = model_config(name) if source is None else source.config
-    if source is not None and name is not None:
-        _check_same_architecture(model_config(name), overrides, encoder, pretrained)
+    named = None if name is None else model_config(name)
+    source = None if pretrained is None else load(pretrained, **_what_the_name_says(named, pretrained))
+    encoder = named if source is None else source.config
+    if source is not None and named is not None:
+        _check_same_architecture(named, overrides, encoder, pretrained)
     fields = {f.name: getattr(encoder, f.name) for f in dataclasses.fields(EncoderConfig)}
     # Audio-MAE pools before its norm, SSAST after it. Pre-training's dropout is not fine-tuning's.
     fields |= {"final_norm": encoder.family == "ssast", **dict.fromkeys(_REGULARISATION, 0.0)}

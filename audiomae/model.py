@@ -137,6 +137,10 @@ class Positions(nn.Module):
         super().__init__()
         self.kind, self.grid, self.prefix = kind, grid, prefix
         tokens = grid[0] * grid[1]
+        if kind == "flat" and tokens > MAX_FLAT_TOKENS:
+            raise ValueError(
+                f"clips of {tokens} tokens are longer than the positions, which reach {MAX_FLAT_TOKENS}"
+            )
         if kind == "learned":
             self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, prefix + tokens, width), std=0.02))
         elif kind == "flat":  # a formula: nothing to store with the weights
@@ -172,7 +176,7 @@ class Positions(nn.Module):
         """Interpolates the table in time to so many steps.
 
         A table that is a formula's gets the formula's values at fractional steps, any other one is interpolated
-        linearly (as SSAST does).
+        linearly.
         """
         (old, bands), width, table = self.grid, self.table.shape[2], self.table[0, self.prefix :]
         transposed = self.kind == "transposed"

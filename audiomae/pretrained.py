@@ -1,15 +1,20 @@
-"""Models on disk and on the Hugging Face hub: a folder with `config.json` and `model.safetensors`."""
+"""Models on disk and on the Hugging Face hub: a folder with `config.json` and `model.safetensors`.
+
+What is loaded may come from anybody. Nothing in it is executed, and it is checked for names, shapes and size before
+anything is built or copied.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,13 +28,17 @@ _CARD = """---
 {{ card_data }}
 ---
 
-Weights of an `audiomae` model, of the kind and sizes in `config.json`: `audiomae.load(<this folder or hub id>)`.
+{{ body }}
 """
 
 # Filled by the model classes: which configuration builds which of them.
 _MODELS: dict[type, type[SpectrogramModel]] = {}
 
-CONFIG, WEIGHTS, EXTRAS = "config.json", "model.safetensors", "upstream.safetensors"
+CONFIG, WEIGHTS, EXTRAS, RECORD = "config.json", "model.safetensors", "upstream.safetensors", "record.json"
+PUBLISHED = "pytorch_model.bin"  # timm's port of Audio-MAE on the hub
+
+MOST_JSON = 2**24  # bytes; hundreds of kilobytes of labels are plenty
+MOST_BUFFERED = 2**28  # values; MAE-AST's longest positions are 2**25
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,21 @@ class Upstream:
     kind: str
     prefix: str = ""
     extras: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Record:
+    """How weights came about; saved with them, and told by their model card.
+
+    Attributes:
+        recipe: name of published settings, if it was one.
+        settings: of the run, JSON-able.
+        metrics: by name, as measured at its end.
+    """
+
+    recipe: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def build(config: configs.Config) -> SpectrogramModel:
@@ -68,11 +92,13 @@ class PretrainedMixin(
     """`save_pretrained(folder)`, `from_pretrained(folder or hub id)` and `push_to_hub(hub id)`.
 
     A model that came from a published checkpoint takes along what it had no use for (`upstream`), so that
-    `audiomae.to_upstream` gives all of it back.
+    `audiomae.to_upstream` gives all of it back. One that was trained takes along how (`record`): the model card states
+    it.
     """
 
     config_class: type | None = None  # set by each concrete model
     upstream: Upstream | None = None  # set by `audiomae.from_upstream`
+    record: Record | None = None  # set by training
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -92,6 +118,13 @@ class PretrainedMixin(
             }
             metadata = {"kind": self.upstream.kind, "prefix": self.upstream.prefix}
             save_file(extras, save_directory / EXTRAS, metadata=metadata)
+        (save_directory / RECORD).unlink(missing_ok=True)
+        if self.record is not None:
+            (save_directory / RECORD).write_text(json.dumps(dataclasses.asdict(self.record), indent=2) + "\n")
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """What the model is, how to load it, and, where it is known, its recipe and metrics."""
+        return super().generate_model_card(*args, body=_card_body(self), **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -116,7 +149,7 @@ class PretrainedMixin(
                     force_download=force_download,
                     local_files_only=local_files_only,
                     token=token,
-                    allow_patterns=[CONFIG, WEIGHTS, EXTRAS],
+                    allow_patterns=[CONFIG, WEIGHTS, EXTRAS, RECORD, PUBLISHED],
                 )
             )
         model = load_folder(folder, overrides)
@@ -128,21 +161,29 @@ class PretrainedMixin(
 def load_folder(folder: Path, overrides: dict[str, Any]) -> SpectrogramModel:
     """The model in a folder written by `save_pretrained`, some fields of its configuration replaced.
 
+    Also published weights beside a configuration of somebody else's (timm's); the overrides are those of
+    `audiomae.from_upstream` then. `decoder="none"` leaves the decoder of a pre-trained model out.
+
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the configuration or the weights are broken, or do not belong together.
+        ValueError: the configuration or the weights are broken, hold NaN, or do not belong together.
     """
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}: it is no folder that save_pretrained wrote")
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}: it is no folder that save_pretrained wrote")
+    settings = _read_json(folder / CONFIG)
+    if settings and isinstance(settings, dict) and "type" not in settings:
+        return _load_published(folder, overrides)
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS}: it is no folder that save_pretrained wrote")
     try:
-        config = configs.from_dict(json.loads((folder / CONFIG).read_text()))
+        config = configs.replace(configs.from_dict(settings), **overrides)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} is no model configuration: {error}") from error
     state = read_safetensors(folder / WEIGHTS)
-    config = configs.replace(config, **overrides)
-    with torch.device("meta"):  # shapes first: nothing is allocated before everything fits
-        check_weights(build(config), state, folder / WEIGHTS)
+    if overrides.get("decoder") == "none":
+        state = {n: t for n, t in state.items() if n.startswith(("encoder.", "spectrogram_norm."))}
+    _check_size(config, state, folder)
+    check_finite(state, folder / WEIGHTS)
     model = build(config).to(next((t.dtype for t in state.values() if t.is_floating_point()), None))
     # Each tensor keeps its own dtype; the copy leaves the file's memory, which is not aligned for fast products.
     model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
@@ -153,7 +194,85 @@ def load_folder(folder: Path, overrides: dict[str, Any]) -> SpectrogramModel:
         if not {"kind", "prefix"} <= set(metadata):
             raise ValueError(f"{folder / EXTRAS} does not say which published checkpoint it belongs to")
         model.upstream = Upstream(metadata["kind"], metadata["prefix"], extras)
+    if (folder / RECORD).is_file():
+        content = _read_json(folder / RECORD)
+        try:
+            model.record = Record(**content)
+        except TypeError as error:
+            raise ValueError(f"{folder / RECORD} is no record of a training run: {error}") from error
     return model
+
+
+def _load_published(folder: Path, overrides: dict[str, Any]) -> SpectrogramModel:
+    """Weights of a published kind in a folder or repository of somebody else's."""
+    from .upstream import load_upstream  # which imports this module
+
+    for name in (WEIGHTS, PUBLISHED):
+        if (folder / name).is_file():
+            return load_upstream(folder / name, **overrides)
+    raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {PUBLISHED}: it holds no weights")
+
+
+def _read_json(path: Path) -> Any:
+    size = path.stat().st_size
+    if size > MOST_JSON:
+        raise ValueError(f"{path} has {size:,} bytes, more than any model's")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no model configuration: {str(error) or 'nested too deeply'}") from error
+
+
+def _check_size(config: configs.Config, state: dict[str, Tensor], folder: Path) -> None:
+    """Refuses weights that do not fit the configuration before anything of the configuration's size is made."""
+    blocks = config.depth + getattr(config, "num_decoder_blocks", 0)
+    if blocks > len(state):
+        raise ValueError(
+            f"{folder / CONFIG} asks for {blocks} blocks, but {folder / WEIGHTS} has {len(state)} tensors in all"
+        )
+    try:
+        with torch.device("meta"):  # shapes alone
+            model = build(config)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{folder / CONFIG} asks for a model of impossible size: {reason}") from error
+    check_weights(model, state, folder / WEIGHTS)
+    stored = set(state)
+    extra = sum(buffer.numel() for name, buffer in model.named_buffers() if name not in stored)
+    if extra > MOST_BUFFERED:
+        raise ValueError(
+            f"{folder / CONFIG} asks for {extra:,} values beside its weights, more than any model has"
+        )
+
+
+def _card_body(model: SpectrogramModel) -> str:
+    """Markdown of a model card."""
+    c, record = model.config, model.record
+    parameters = sum(p.numel() for p in model.parameters())
+    lines = [
+        f"# {type(model).__name__}, {c.family}",
+        "",
+        f"{parameters:,} parameters: {c.depth} blocks of width {c.width} with {c.heads} heads, patches of {c.patch[0]} "
+        f"frames x {c.patch[1]} mel bins. Clips of {c.frames} frames (10 ms each), at {c.frontend.sample_rate} Hz.",
+    ]
+    if model.upstream is not None:
+        lines += ["", f"Converted from a published checkpoint of {model.upstream.kind}."]
+    lines += ["", "```python", "import audiomae", "", "model = audiomae.load(FOLDER_OR_HUB_ID)", "```"]
+    if c.frontend.labels is not None:
+        labels = c.frontend.labels
+        lines += ["", f"{len(labels)} labels: {', '.join(labels[:8])}" + (", ..." if len(labels) > 8 else "")]
+    lines += ["", "## Training", ""]
+    if record is None:
+        return "\n".join([*lines, "How these weights were trained is not recorded."])
+    lines.append(f"Recipe `{record.recipe}`." if record.recipe else "No published recipe.")
+    if record.settings:
+        lines += ["", "| setting | value |", "| --- | --- |"]
+        lines += [f"| {name} | {value} |" for name, value in record.settings.items()]
+    lines += ["", "## Metrics", ""]
+    if not record.metrics:
+        return "\n".join([*lines, "None were measured."])
+    lines += ["| metric | value |", "| --- | --- |"]
+    return "\n".join(lines + [f"| {name} | {value:.4f} |" for name, value in record.metrics.items()])
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -161,6 +280,13 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is no intact safetensors file: {error}") from error
+
+
+def check_finite(state: dict[str, Tensor], source: object) -> None:
+    """Refuses weights that a run that diverged has left behind, or that were made to harm."""
+    bad = [name for name, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if bad:
+        raise ValueError(f"{source}: {len(bad)} tensors hold NaN or infinity, the first is {bad[0]}")
 
 
 def check_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], source: object) -> None:

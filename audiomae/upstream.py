@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 from .classifier import Classifier
 from .config import MODELS, ClassifierConfig, Config, MAEConfig, SSASTConfig, replace
 from .model import MAX_FLAT_TOKENS, MaskedAutoencoder, SpectrogramModel, same_table, sincos_2d, sinusoids_1d
-from .pretrained import Upstream, build, read_safetensors
+from .pretrained import Upstream, build, check_finite, read_safetensors
 from .ssast import SSAST
 
 State = dict[str, Tensor]
@@ -224,6 +225,10 @@ def from_upstream(state_dict: State, **overrides: Any) -> MaskedAutoencoder | SS
             raise ValueError(
                 f"a state dict maps names to tensors, but {name!r} is mapped to a {type(tensor).__name__}"
             )
+        if tensor.layout == torch.strided and tensor.device.type != "meta":
+            stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+            if tensor.numel() > stored:
+                raise ValueError(f"{name} claims {tensor.numel():,} values, of which {stored:,} are stored")
     prefix = "module." if state_dict and all(name.startswith("module.") for name in state_dict) else ""
     state = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
     kind = recognize(state)
@@ -247,6 +252,7 @@ def from_upstream(state_dict: State, **overrides: Any) -> MaskedAutoencoder | SS
         expected = build(config).state_dict()
     _check_covered(rules, expected, kind)
     ours = {rule.ours: _decoded(rule, state, expected[rule.ours]) for rule in rules}
+    check_finite(ours, f"this checkpoint of {kind}")
     used = {name for rule in rules for name in rule.theirs}
     extras = {name: _copied(tensor) for name, tensor in given.items() if name not in used}
     _check_sinusoids(extras)
@@ -481,6 +487,7 @@ def read_checkpoint(path: Path) -> State:
         raise FileNotFoundError(f"there is no file {path}")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
+    _check_expansion(path)
     try:
         with torch.serialization.safe_globals(_stand_ins(path)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols
@@ -493,6 +500,19 @@ def read_checkpoint(path: Path) -> State:
     if not isinstance(data, dict) or not data or not _maps_names_to_tensors(data):
         raise ValueError(f"{path} holds no state dict: a mapping of names to tensors was expected")
     return data
+
+
+def _check_expansion(path: Path) -> None:
+    """torch.save stores tensors as they are. A compressed file of kilobytes may expand to any size."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > 2 * path.stat().st_size:
+        raise ValueError(
+            f"{path} is no checkpoint that can be read: it is compressed, which torch.save never does, and would "
+            f"expand to {size:,} bytes"
+        )
 
 
 def _maps_names_to_tensors(data: dict) -> bool:

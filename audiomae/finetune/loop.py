@@ -247,6 +247,9 @@ class Tuner(Loop):
         if self.average is not None:
             self.average.load_state_dict(state["average"])
 
+    def _metrics(self) -> dict[str, float]:
+        return {} if self.report is None else dict(self.report.metrics)
+
     def _finish(self) -> None:
         """The weights that were asked for become the model, which is then tested."""
         select = self.config.select or ("last" if self.splits.val is None else "best")
@@ -266,6 +269,7 @@ class Tuner(Loop):
         loader = self.val_loader if test is None or self.splits.val is None else self._in_order(test)
         found = self._predict(loader)
         self.report = measure(found.logits, found.targets, self.splits.label_names, self.splits.multi_label)
+        self._write_model()  # once more, for its record
         split = "validation" if test is None else "test"
         task, fold = TASKS[self.config.task], self.config.fold
         title = f"{task.title}, {split}" + (f", fold {fold}" if fold else "")

@@ -1,9 +1,9 @@
 """Training: configuration and recipes, the loop, checkpoints, many processes; pre-training."""
 
+from ..picture import draw_reconstruction, reconstruct
 from .checkpoints import Checkpoints
 from .config import RECIPES, TrainConfig
 from .loop import Loop, TrainingError
-from .picture import draw_reconstruction, reconstruct
 from .pretraining import Trainer, pretrain
 
 __all__ = [

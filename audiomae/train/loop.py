@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from ..data import Batch, ClipDataset, ClipSampler, FailureLog, make_loader
 from ..masking import Mask
 from ..model import SpectrogramModel
-from ..pretrained import build, check_weights
+from ..pretrained import Record, build, check_weights
 from .checkpoints import Checkpoint, Checkpoints, read_state, replace_file, replace_folder, write_state
 from .config import RunConfig
 from .log import Log
@@ -82,6 +82,10 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Products in bf16 or fp16; nothing for fp32."""
     dtype = _DTYPES.get(precision)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+# Settings of this machine, which the record of a model that may be published leaves out.
+_LOCAL = ("data", "val_data", "out", "resume", "device", "workers", "recipe")
 
 
 class Loop:
@@ -493,7 +497,16 @@ class Loop:
             ) from error
 
     def _finish(self) -> None:
-        """Write the model for others to load."""
+        """What comes after the last step."""
+        self._write_model()
+
+    def _metrics(self) -> dict[str, float]:
+        """What the model's record says of how good it is."""
+        found = {"training loss": self.train_loss, "validation loss": self.metric}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _write_model(self) -> None:
+        """Write the model for others to load, with a record of the run."""
         model = self.model
         if self.config.fsdp:
             state = get_model_state_dict(
@@ -502,6 +515,8 @@ class Loop:
             if self.processes.first:
                 model = build(model.config)
                 model.load_state_dict(state)
+        settings = {name: value for name, value in self.config.to_dict().items() if name not in _LOCAL}
+        model.record = Record(self.config.recipe, settings, self._metrics())
         folder = self.config.folder / "model"
 
         def write() -> None:

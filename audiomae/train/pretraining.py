@@ -16,10 +16,10 @@ from ..create import create_model, load
 from ..data import Batch, ClipDataset, ClipSampler, collate, open_source
 from ..masking import Mask
 from ..model import MaskedAutoencoder, SpectrogramModel
+from ..picture import draw_reconstruction, reconstruct
 from ..ssast import SSAST
 from .config import TrainConfig
 from .loop import PICTURE, VALIDATION_MASKS, Loop
-from .picture import draw_reconstruction, reconstruct
 from .processes import Processes, StopSignal
 
 

@@ -1161,7 +1161,8 @@ def test_hub_ids(folder, monkeypatch, hub_id):
 
     monkeypatch.setattr(pretrained, "snapshot_download", download)
     assert audiomae.load(hub_id, mask_ratio=0.5).config.mask_ratio == 0.5
-    assert asked == [(hub_id, ["config.json", "model.safetensors", "upstream.safetensors"])]
+    names = ["config.json", "model.safetensors", "upstream.safetensors", "record.json", "pytorch_model.bin"]
+    assert asked == [(hub_id, names)]
 
 
 def test_the_front_end_follows_the_length_of_the_model():

@@ -669,11 +669,14 @@ def test_refused(case):
 
 @pytest.mark.no_poison  # filling memory would ask for it
 def test_huge_claims_cost_nothing():
-    """A few bytes can claim any size with a stride of 0; no memory is asked for before shapes agree."""
-    state = encoder()
-    state["patch_embed.proj.weight"] = torch.ones(1, 1, 1, 1).expand(2**20, 1, 16, 16)
-    with pytest.raises(ValueError, match="wrong shape"):
-        audiomae.from_upstream(state)
+    """A few bytes can claim any size with a stride of 0, in a tensor that the model has no use for too."""
+    for name, shape in (
+        ("patch_embed.proj.weight", (2**20, 1, 16, 16)),
+        ("decoder_emb.weight", (2**40, 1, 1, 1)),
+    ):
+        state = encoder() | {name: torch.ones(1, 1, 1, 1).expand(shape)}
+        with pytest.raises(ValueError, match=f"{name} claims [0-9,]+ values, of which 1 are stored"):
+            audiomae.from_upstream(state)
 
 
 @each_kind

@@ -4,10 +4,12 @@ import matplotlib.image
 import pytest
 import torch
 from audiomae_kernels import patch_gather
+from cli_cases import KINDS, SOUNDS
 from pretraining import MODELS
 
 import audiomae
 from audiomae import Mask
+from audiomae.data import load_audio
 from audiomae.train import draw_reconstruction, reconstruct
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,3 +97,46 @@ def test_nothing_to_see():
     )
     with pytest.raises(ValueError, match="no reconstruction loss"):
         reconstruct(model, torch.randn(1, 64, 128))
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["window", "global", "mae_ast", "ssast_frame"])
+def test_reconstruct_command(run, checkpoints, kind, tmp_path):
+    out = tmp_path / "picture.png"
+    flags = KINDS[kind][0]
+    arguments = ["reconstruct", SOUNDS[0], "--model", checkpoints[kind], "--out", out, *flags]
+    status, printed, _ = run(*arguments)
+    assert status == 0 and f"wrote {out}" in printed and "mean squared error" in printed
+    assert matplotlib.image.imread(out).shape[:2] == (700, 550)
+    pixels = out.read_bytes()
+    assert run(*arguments)[1] == printed and out.read_bytes() == pixels  # the same mask
+    assert run(*arguments, "--seed", 1)[1] != printed
+
+
+def test_reconstruct_with_a_masking_by_name(run, refused, checkpoints, tmp_path):
+    out = tmp_path / "picture.png"
+    arguments = ["reconstruct", SOUNDS[0], "--model", checkpoints["window"], "--out", out]
+    printed = run(*arguments, "--masking", "time", "--mask-ratio", 0.5)[1]
+    assert "time, 16 of 32 patches masked" in printed and f"{SOUNDS[0]}: 0.64 s from 0 s" in printed
+    printed = run(*arguments, "--masking", "time_frequency", "--mask-ratio", 0.5, 0.25)[1]
+    assert "time_frequency, 20 of 32 patches masked" in printed
+    seconds = (load_audio(SOUNDS[0]).shape[0] // 160 - 60) // 16 * 0.16
+    assert f"{seconds:.2f} s from 0.6 s on" in run(*arguments, "--start", 0.6)[1]
+    assert "masks none" in refused("reconstruct", SOUNDS[2], *arguments[2:], "--masking", "time")
+    assert "takes one ratio" in refused(*arguments, "--masking", "time", "--mask-ratio", 0.5, 0.25)
+    assert "both excluded" in refused(*arguments, "--mask-ratio", 1.0)
+    assert "begins at 9 s" in refused(*arguments, "--start", 9)
+    assert "no file" in refused("reconstruct", tmp_path / "no.wav", *arguments[2:])
+    arguments[3] = checkpoints["finetuned"]
+    assert "without a decoder" in refused(*arguments)
+    arguments[3] = checkpoints["encoder"]
+    assert "without a decoder" in refused(*arguments)
+
+
+def test_reconstruct_says_what_it_leaves_out(run, checkpoints, tmp_path):
+    status, _, err = run(
+        "reconstruct", SOUNDS[0], "--model", checkpoints["window"], "--out", tmp_path / "picture.png"
+    )
+    assert status == 0 and "64 of its" in err and "frames are shown" in err

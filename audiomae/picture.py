@@ -8,8 +8,8 @@ import torch
 from audiomae_kernels import patch_gather
 from torch import Tensor
 
-from ..masking import Mask
-from ..model import SpectrogramModel
+from .masking import Mask
+from .model import SpectrogramModel
 
 
 @torch.no_grad()

@@ -1,0 +1,145 @@
+"""Exported encoders and classifiers give what PyTorch gives, on clips of every length."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import audiomae
+from audiomae import config as configs
+from audiomae.embedding import stretched
+from audiomae.export import Exportable, export
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.no_poison]
+
+SMALL = {"width": 32, "heads": 2, "depth": 1, "frames": 256}
+CASES = {
+    "audiomae": ("audiomae_small", {"decoder": "none"}),
+    "mae_ast_patch": ("mae_ast_patch_base", {"decoder": "none"}),
+    "mae_ast_frame": ("mae_ast_frame_base", {"decoder": "none"}),
+    "ssast_patch": ("ssast_patch_tiny", {}),
+    "overlap": ("audiomae_small", {"decoder": "none", "stride": (10, 10)}),
+}
+
+
+def build(case):
+    if case == "classifier":
+        model = audiomae.create_classifier("audiomae_small", 5, **SMALL)
+        torch.nn.init.normal_(model.head.weight)
+        return model.eval()
+    name, options = CASES[case]
+    model = audiomae.create_model(name, **SMALL | options).eval()
+    if hasattr(model.spectrogram_norm, "running_mean"):
+        model.spectrogram_norm.running_mean.fill_(0.3)
+        model.spectrogram_norm.running_var.fill_(2.0)
+    return model
+
+
+def reference(model, x):
+    with torch.no_grad():
+        return model(x).logits if isinstance(model, audiomae.Classifier) else model.encode(x)
+
+
+def runner(path):
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()
+    session = onnxruntime.InferenceSession(path)
+    (given,), (output,) = session.get_inputs(), session.get_outputs()
+    assert given.name == "spectrogram" and output.name in ("tokens", "logits")
+    return lambda x: torch.from_numpy(session.run(None, {"spectrogram": x.numpy()})[0])
+
+
+def compare(model, run, lengths, atol=1e-4):
+    for frames in lengths:
+        for batch in (1, 3):
+            x = torch.randn(batch, frames, 128)
+            torch.testing.assert_close(run(x), reference(model, x), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    "case, suffix",
+    [("audiomae", ".onnx"), ("classifier", ".onnx"), ("audiomae", ".pt2"), ("classifier", ".pt2")]
+    + [
+        pytest.param(case, s, marks=pytest.mark.slow)
+        for case in CASES
+        if case != "audiomae"
+        for s in (".onnx", ".pt2")
+    ],
+)
+def test_short_exact_and_long_clips(case, suffix, tmp_path):
+    """One patch, a bit more, all positions; a longer clip in chunks, as `Embedder` cuts and joins it."""
+    model = build(case)
+    run = runner(export(model, tmp_path / f"model{suffix}"))
+    least = 4 if case == "mae_ast_frame" else 16
+    compare(model, run, (least, least + 1, 100, 255, 256))
+    with pytest.raises(Exception):  # noqa: B017 - onnxruntime's and torch's own
+        run(torch.randn(1, 256 + 32, 128))
+    spectrogram = torch.randn(600, 128)
+    if case == "classifier":
+        long = audiomae.Tagger(model)
+        chunked = audiomae.Tagger(model)
+        chunked.model.forward = lambda x, lengths: audiomae.Output(logits=run(x))
+        torch.testing.assert_close(chunked.tag([spectrogram]), long.tag([spectrogram]), rtol=0, atol=1e-4)
+    else:
+        long = audiomae.Embedder(model, level="frame")
+        chunked = audiomae.Embedder(model, level="frame")
+        filled = 600 - 600 % model.config.step[0]  # the last chunk is whole
+        chunked.model.encode = lambda x, lengths: run(x)
+        for one, other in zip(
+            chunked.embed([spectrogram[:filled]]), long.embed([spectrogram[:filled]]), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+def test_interpolated_positions_reach_longer_clips(tmp_path):
+    model = build("audiomae")
+    run = runner(export(model, tmp_path / "model.pt2", frames=600))
+    longer = stretched(model, 600)
+    compare(longer, run, (16, 256, 600))
+    x = torch.randn(1, 600, 128)
+    expected = audiomae.Embedder(model, level="frame", long="interpolate").embed([x[0, :592]])[0]
+    actual = run(x[:, :592])[0, 1:]
+    # The Embedder's positions end with the clip; the exported ones reach 600 frames.
+    assert actual.unflatten(0, (-1, 8)).mean(1).shape == expected.shape
+
+
+@pytest.mark.parametrize("case", [*CASES, "classifier"])
+def test_the_exportable_model_is_the_model(case):
+    """Before any export, and without changing the model given."""
+    model = build(case).train()
+    module = Exportable(model)
+    assert model.training and model.config.impl is None
+    compare(model.eval(), module, (16, 100, 256), atol=1e-5)
+
+
+def test_the_configuration_goes_along(tmp_path):
+    model = build("classifier")
+    model.config.frontend = audiomae.Frontend.named("esc50", frames=256, labels=("a", "b", "c", "d", "e"))
+    for suffix in (".onnx", ".pt2"):
+        path = export(model, tmp_path / f"model{suffix}")
+        if suffix == ".onnx":
+            text = {p.key: p.value for p in onnx.load(path).metadata_props}["audiomae"]
+            onnx.checker.check_model(path)
+        else:
+            extra = {"config.json": ""}
+            torch.export.load(path, extra_files=extra)
+            text = extra["config.json"]
+        c = configs.from_dict(json.loads(text))
+        assert c.frontend == model.config.frontend and c.num_classes == 5
+
+
+def test_command(run, refused, checkpoints, tmp_path):
+    out = tmp_path / "model.pt2"
+    status, printed, _ = run("export", "--model", checkpoints["finetuned"], "--out", out, "--frames", 96)
+    assert status == 0 and printed.startswith(f"wrote {out}: classifier, ")
+    assert runner(out)(torch.zeros(1, 96, 128)).shape == (1, 5)
+    model = ["--model", checkpoints["encoder"]]
+    assert ".onnx or .pt2 was expected" in refused("export", *model, "--out", tmp_path / "model.bin")
+    assert "reach already" in refused("export", *model, "--out", out, "--frames", 32)
+    assert "names an untrained model" in refused("export", "--model", "audiomae_base", "--out", out)
+    assert "does not exist" in refused("export", *model, "--out", tmp_path / "no" / "m.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt2"]
+    assert np.isfinite(runner(out)(torch.zeros(2, 50, 128)).numpy()).all()

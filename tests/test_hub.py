@@ -1,0 +1,154 @@
+"""Weights where people look for them: folders, the hub, model cards, and names with weights."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from cli_cases import MAE_AST, SMALL, state_dict
+
+import audiomae
+from audiomae import pretrained
+from audiomae.pretrained import Record
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DECODER = {"decoder_width": 32, "decoder_depth": 2, "decoder_heads": 16}
+TINY = {**SMALL, **DECODER, "frames": 64}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub in a folder: owner/name -> what was pushed."""
+    root = tmp_path / "hub"
+
+    class Api:
+        def __init__(self, **options):
+            pass
+
+        def create_repo(self, repo_id, **options):
+            (root / repo_id).mkdir(parents=True, exist_ok=True)
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            for file in folder_path.iterdir():
+                (root / repo_id / file.name).write_bytes(file.read_bytes())
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    monkeypatch.setattr(pretrained, "snapshot_download", lambda repo_id, **options: str(root / repo_id))
+    return root
+
+
+def test_push_and_load(hub):
+    model = audiomae.create_classifier("audiomae_small", 3, frames=64, **SMALL).eval()
+    model.config.frontend = dataclasses.replace(model.config.frontend, labels=("dog", "cat", "rain"))
+    settings = {"steps": 100, "augment": {"mixup": 0.5}}
+    model.record = Record("audiomae_base.esc50", settings, {"accuracy": 0.91234, "clips": 400})
+    assert model.push_to_hub("owner/name") == "https://hub/owner/name"
+    card = (hub / "owner/name/README.md").read_text()
+    assert card.startswith("---\n") and "library_name: audiomae" in card and "masked-autoencoder" in card
+    for line in (
+        "# Classifier, audiomae",
+        "3 labels: dog, cat, rain",
+        "Recipe `audiomae_base.esc50`.",
+        "| steps | 100 |",
+        "| accuracy | 0.9123 |",
+        "2 blocks of width 64 with 1 heads",
+    ):
+        assert line in card, line
+    for load in (audiomae.load, audiomae.Classifier.from_pretrained):
+        again = load("owner/name")
+        assert again.record == model.record and again.config == model.config
+        x = torch.randn(1, 64, 128)
+        assert torch.equal(again.eval()(x).logits, model(x).logits)
+    assert audiomae.Tagger("owner/name").labels == ("dog", "cat", "rain")
+    assert audiomae.Embedder("owner/name").width == 64
+    with pytest.raises(ValueError, match="holds a Classifier, not a MaskedAutoencoder"):
+        audiomae.MaskedAutoencoder.from_pretrained("owner/name")
+
+
+def test_a_card_without_a_record_says_so(tmp_path):
+    audiomae.create_model("audiomae_small", **TINY).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "How these weights were trained is not recorded." in card and "## Metrics" not in card
+    assert not (tmp_path / "record.json").exists() and audiomae.load(tmp_path).record is None
+
+
+def test_a_record_does_not_outlive_its_model(tmp_path):
+    model = audiomae.create_model("audiomae_small", **TINY)
+    model.record = Record(None, {}, {})
+    model.save_pretrained(tmp_path)
+    assert "No published recipe." in (tmp_path / "README.md").read_text()
+    audiomae.create_model("audiomae_small", **TINY).save_pretrained(tmp_path)
+    assert audiomae.load(tmp_path).record is None
+
+
+def test_published_kinds_on_the_hub(hub):
+    """A repository of somebody else's: timm's configuration beside timm's names, in either format."""
+    repo = hub / "owner/vit"
+    repo.mkdir(parents=True)
+    (repo / "config.json").write_text(json.dumps({"architecture": "vit_small", "num_classes": 0}))
+    state = state_dict("encoder")
+    torch.save(state, repo / "pytorch_model.bin")
+    model = audiomae.load("owner/vit")
+    assert model.upstream.kind == "Audio-MAE encoder" and torch.equal(
+        model.encoder.norm.weight, state["norm.weight"]
+    )
+    assert (
+        audiomae.create_model("audiomae_small", "owner/vit", decoder="none", **SMALL, frames=64).config.depth
+        == 2
+    )
+    (repo / "pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        audiomae.load("owner/vit")
+
+
+# -- names with weights --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    audiomae.create_model("audiomae_small", **TINY, mask_ratio=0.5).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_create_model_with_weights(folder, checkpoints):
+    stored = audiomae.load(folder)
+    model = audiomae.create_model("audiomae_small", folder, **TINY, masking="time", pad="exclude")
+    assert model.config.masking == "time" and model.config.pad == "exclude"
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), stored.parameters(), strict=True))
+    published = audiomae.create_model("audiomae_small", pretrained=checkpoints["window"], **TINY)
+    assert published.upstream.kind == "Audio-MAE"
+    frames = {
+        n: v for n, v in MAE_AST.items() if n not in ("decoder_width", "decoder_depth", "decoder_heads")
+    }
+    mae_ast = audiomae.create_model(
+        "mae_ast_patch_base",
+        checkpoints["mae_ast"],
+        **frames,
+        decoder_width=64,
+        decoder_depth=1,
+        decoder_heads=1,
+    )
+    assert mae_ast.config.patch == (16, 16) and mae_ast.upstream.kind == "MAE-AST"
+    sizes = {k: frames[k] for k in ("width", "depth", "heads")}
+    assert audiomae.create_classifier("mae_ast_patch_base", 3, pretrained=checkpoints["mae_ast"], **sizes)
+
+
+def test_an_encoder_alone(folder):
+    whole = audiomae.load(folder).eval()
+    alone = audiomae.create_model("audiomae_small", folder, **TINY, decoder="none").eval()
+    x = torch.randn(1, 64, 128)
+    assert torch.equal(alone.encode(x), whole.encode(x)) and not hasattr(alone, "decoder")
+
+
+def test_weights_of_another_model(folder, checkpoints, tmp_path):
+    with pytest.raises(ValueError, match="have width=64, but the wanted model has 768"):
+        audiomae.create_model("audiomae_base", folder)
+    with pytest.raises(ValueError, match=r"holds a Classifier, which is no audiomae_small"):
+        audiomae.create_model("audiomae_small", checkpoints["finetuned"], **SMALL, frames=64)
+    with pytest.raises(ValueError, match="has no field"):
+        audiomae.create_model("audiomae_small", folder, colour="red")
+    with pytest.raises(FileNotFoundError):
+        audiomae.create_model("audiomae_small", tmp_path / "nowhere.pth")
