@@ -85,9 +85,11 @@ def attention(
         ValueError: there is no such backend, or the shapes do not fit.
         RuntimeError: the backend cannot run here, or not on this device, dtype or head dimension.
     """
+    dtype = qkv.dtype
     if backend is None:
-        backend = "sdpa" if torch.compiler.is_exporting() else best_backend(qkv.device, _computed_in(qkv))
-    require_backend(backend, qkv.device, qkv.dtype, qkv.shape[-1])
+        dtype = _computed_in(qkv)
+        backend = "sdpa" if torch.compiler.is_exporting() else best_backend(qkv.device, dtype)
+    require_backend(backend, qkv.device, dtype, qkv.shape[-1])
     chosen = BACKENDS[backend]
     if packed is None:
         if qkv.ndim != 5:

@@ -371,7 +371,11 @@ class Dropout(nn.Dropout):
         if not self.training or not 0.0 < self.p < 1.0 or not ours:
             return super().forward(x)
         limit = min(round(self.p * 2**16), 2**16 - 1)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        bits = (
+            torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+            .random_(-(2**63), None)
+            .view(torch.int16)
+        )
         dropped = (bits[: x.numel()] < limit - 2**15).view(x.shape)
         return x.masked_fill(dropped, 0.0) * (2**16 / (2**16 - limit))
 
@@ -458,16 +462,16 @@ class Block(nn.Module):
             return self.dropout(y, *context) if isinstance(self.dropout, BranchDropout) else self.dropout(y)
 
         if self.order == "pre":
-            qkv = self._again(lambda x: self.attn.qkv(self.norm1(x)), x)
+            qkv = self._again(lambda x: self.attn.qkv(self.norm1(x)), x, self.norm1, self.attn.qkv)
             x = take(x, ids) + drop(self._attend(qkv, *context, ids=ids))
-            hidden = self._again(lambda x: self.mlp.fc1(self.norm2(x)), x)
-            return x + drop(self._again(self.mlp.activate, hidden))
+            hidden = self._again(lambda x: self.mlp.fc1(self.norm2(x)), x, self.norm2, self.mlp.fc1)
+            return x + drop(self._again(self.mlp.activate, hidden, self.mlp.fc2))
         y = self._attend(self.attn.qkv(x), *context, ids=ids)
         if self.order == "res-post":
             x = take(x, ids) + drop(self.norm1(y))
-            return x + drop(self.norm2(self._again(self.mlp.activate, self.mlp.fc1(x))))
-        x, hidden = self._again(self._norm_and_expand, take(x, ids) + drop(y))
-        return self.norm2(x + drop(self._again(self.mlp.activate, hidden)))
+            return x + drop(self.norm2(self._again(self.mlp.activate, self.mlp.fc1(x), self.mlp.fc2)))
+        x, hidden = self._again(self._norm_and_expand, take(x, ids) + drop(y), self.norm1, self.mlp.fc1)
+        return self.norm2(x + drop(self._again(self.mlp.activate, hidden, self.mlp.fc2)))
 
     def _attend(self, qkv: Tensor, *context: Grid | Tensor | Packed, ids: Tensor | None) -> Tensor:
         """From the attention's qkv to its end, for the tokens `ids`."""
@@ -475,14 +479,19 @@ class Block(nn.Module):
             return self.attn.proj(take(self.attn.mix(qkv, *context), ids))
         grid, offsets = context
         bias = self.attn.bias(offsets)  # outside of what is computed again: it has dropout
-        return self._again(lambda qkv: self.attn.proj(take(self.attn.mix(qkv, grid, bias), ids)), qkv)
+        return self._again(
+            lambda qkv: self.attn.proj(take(self.attn.mix(qkv, grid, bias), ids)),
+            qkv,
+            self.attn,
+            self.attn.proj,
+        )
 
     def _norm_and_expand(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.norm1(x)
         return x, self.mlp.fc1(x)
 
-    def _again(self, function: Callable, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return again(function, x) if self.recompute == "activations" else function(x)
+    def _again(self, function: Callable, x: Tensor, *modules: nn.Module) -> Tensor | tuple[Tensor, ...]:
+        return again(function, x, *modules) if self.recompute == "activations" else function(x)
 
 
 def global_block(c: EncoderConfig, width: int, heads: int, drop_path: float = 0.0) -> Block:

@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import audiomae
 from audiomae.config import RECOMPUTE
+from audiomae.recompute import again
 from bench.memory import saved_bytes
 
 SIZES = {"frames": 128, "width": 64, "depth": 2, "heads": 2}
@@ -72,3 +73,53 @@ def test_unknown_recompute_is_refused():
         ValueError, match="recompute must be one of 'none', 'activations', 'blocks', got 'all'"
     ):
         audiomae.create_model("audiomae_base", recompute="all")
+
+
+def small(recompute="activations"):
+    name, options = CASES["mae_ast"]
+    still = {"dropout": 0.0, "attention_dropout": 0.0, "input_dropout": 0.0, "layer_drop": 0.0}
+    model = audiomae.create_model(name, **SIZES, **options, **still, recompute=recompute).train()
+    return model, torch.randn(2, 128, 128)
+
+
+def test_parameters_that_were_exchanged_are_an_error():
+    """torch.func.functional_call: they are back in their place when the backward pass computes again."""
+    model, x = small()
+    mask = model.draw_mask(2)
+    others = {n: (2 * p.detach()).requires_grad_() for n, p in model.named_parameters()}
+    loss = torch.func.functional_call(model, others, (x, mask)).loss
+    with pytest.raises(RuntimeError, match='choose recompute="none"'):
+        loss.backward()
+
+
+def test_parameters_that_were_changed_are_an_error():
+    x = torch.randn(3, 8, requires_grad=True)
+    norm, layer = torch.nn.LayerNorm(8), torch.nn.Linear(8, 4)
+    y = again(lambda x: layer(norm(x)), x, norm, layer)
+    with torch.no_grad():
+        norm.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed or exchanged"):
+        y.sum().backward()
+
+
+def test_an_input_changed_in_place_is_an_error():
+    x = torch.randn(3, 8, requires_grad=True)
+    y = x * 1
+    z = again(lambda y: y.sigmoid().exp(), y)
+    with torch.no_grad():
+        y.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_hooks_of_others_see_the_input_alone(grad):
+    weight, x = torch.randn(8, 8, requires_grad=True), torch.randn(3, 8, requires_grad=grad)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.data_ptr()) or t, lambda t: t):
+        y = again(lambda x: ((x @ weight).sigmoid() @ weight).exp(), x)
+    assert seen == [x.data_ptr()]
+    y.sum().backward()
+    again_grad, weight.grad = weight.grad, None
+    (((x @ weight).sigmoid() @ weight).exp()).sum().backward()
+    assert torch.equal(weight.grad, again_grad)
