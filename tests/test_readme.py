@@ -35,7 +35,7 @@ HERE = {
     "--layer 6": "--layer 2",
     "batch_size=64": "batch_size=4",
     '"cuda"': '"cpu"',
-    "steps=20, batch_size=4": "steps=1, batch_size=2, workers=0",
+    "steps=20, batch_size=4": "steps=1, batch_size=2, workers=0, model_overrides=SIZES",
 }
 
 
@@ -110,7 +110,7 @@ def test_there_is_something_to_run():
 @pytest.mark.parametrize("page, number", named(SNIPPETS))
 def test_snippet(page, number):
     code = here(blocks(page)[number][1])
-    exec(compile(code, f"{page}, block {number}", "exec"), {})
+    exec(compile(code, f"{page}, block {number}", "exec"), {"SIZES": TINY | DECODER})
 
 
 @pytest.mark.parametrize("page, line", named(COMMANDS))
