@@ -33,7 +33,7 @@ from .options import (
 
 __all__ = ["LinearProbe", "folds", "labelled_folder", "nearest_neighbours", "probe"]
 
-DECAYS = tuple(10.0**k for k in range(-6, 0))
+DECAYS = tuple(10.0**k for k in range(-4, 0))
 
 
 def labelled_folder(folder: Path) -> tuple[list[Recording], list[int], list[str]]:
@@ -86,7 +86,7 @@ class LinearProbe:
         self.mean, self.scale = features.mean(0), features.std(0) + 1e-6
         self.weight = torch.zeros(features.shape[1] + 1, classes, dtype=torch.float64, requires_grad=True)
         x = self._standardised(features)
-        optimizer = torch.optim.LBFGS([self.weight], max_iter=200, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS([self.weight], max_iter=100, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
             optimizer.zero_grad()

@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 from cli_cases import MAE_AST, SMALL, state_dict
+from pretraining import make_clips, tiny
 
 import audiomae
 from audiomae import pretrained
 from audiomae.pretrained import Record
+from audiomae.train import pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,6 +84,22 @@ def test_a_record_does_not_outlive_its_model(tmp_path):
     assert "No published recipe." in (tmp_path / "README.md").read_text()
     audiomae.create_model("audiomae_small", **TINY).save_pretrained(tmp_path)
     assert audiomae.load(tmp_path).record is None
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_training_leaves_a_record(tmp_path, validated):
+    data = make_clips(tmp_path / "clips", count=4)
+    settings = {"val_data": [str(data)]} if validated else {}
+    folder = pretrain(tiny(data, tmp_path / "run", steps=1, **settings))
+    record = audiomae.load(folder).record
+    name = "validation loss" if validated else "training loss"
+    assert list(record.metrics) == [name] and 0 < record.metrics[name] < 10
+    assert record.recipe is None and record.settings["batch_size"] == 2
+    assert not any(
+        str(tmp_path) in str(value) for value in record.settings.values()
+    )  # paths are nobody's business
+    card = (folder / "README.md").read_text()
+    assert f"| {name} | {record.metrics[name]:.4f} |" in card and "| lr | 0.001 |" in card
 
 
 def test_published_kinds_on_the_hub(hub):

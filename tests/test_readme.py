@@ -23,7 +23,7 @@ TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 # Run with data sets in the layouts of the real ones: tests/finetune/test_docs.py.
 ELSEWHERE = {"docs/finetuning.md"}
 
-TINY = {"width": 64, "depth": 6, "heads": 1, "mlp_ratio": 1.0}
+TINY = {"width": 64, "depth": 2, "heads": 1, "mlp_ratio": 1.0}
 DECODER = {"decoder_width": 64, "decoder_depth": 2, "decoder_heads": 2}
 # What a page's data sets and machines are in a test.
 HERE = {
@@ -32,9 +32,10 @@ HERE = {
     "/data/librispeech.tsv": "recordings",
     "--workers 8": "--workers 1",
     "workers=8": "workers=0",
+    "--layer 6": "--layer 2",
     "batch_size=64": "batch_size=4",
     '"cuda"': '"cpu"',
-    "steps=20, batch_size=4": "steps=1, batch_size=2, workers=0",
+    "steps=20, batch_size=4": "steps=1, batch_size=2, workers=0, model_overrides=SIZES",
 }
 
 
@@ -109,7 +110,7 @@ def test_there_is_something_to_run():
 @pytest.mark.parametrize("page, number", named(SNIPPETS))
 def test_snippet(page, number):
     code = here(blocks(page)[number][1])
-    exec(compile(code, f"{page}, block {number}", "exec"), {})
+    exec(compile(code, f"{page}, block {number}", "exec"), {"SIZES": TINY | DECODER})
 
 
 @pytest.mark.parametrize("page, line", named(COMMANDS))

@@ -502,8 +502,8 @@ class Loop:
 
     def _metrics(self) -> dict[str, float]:
         """What the model's record says of how good it is."""
-        found = {"training loss": self.train_loss, "validation loss": self.metric}
-        return {name: value for name, value in found.items() if value is not None}
+        name = "training loss" if self.val_loader is None else "validation loss"
+        return {} if self.metric is None else {name: self.metric}
 
     def _write_model(self) -> None:
         """Write the model for others to load, with a record of the run."""
