@@ -371,12 +371,8 @@ class Dropout(nn.Dropout):
         if not self.training or not 0.0 < self.p < 1.0 or not ours:
             return super().forward(x)
         limit = min(round(self.p * 2**16), 2**16 - 1)
-        bits = (
-            torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-            .random_(-(2**63), None)
-            .view(torch.int16)
-        )
-        dropped = (bits[: x.numel()] < limit - 2**15).view(x.shape)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        dropped = (words.view(torch.int16)[: x.numel()] < limit - 2**15).view(x.shape)
         return x.masked_fill(dropped, 0.0) * (2**16 / (2**16 - limit))
 
 
