@@ -84,7 +84,9 @@ def test_no_compiler(checkout):
 
 
 def test_compile_error(checkout):
-    for source in (checkout / "kernels/csrc").glob("*.cpp"):  # all of them: the build waits for what it has begun
+    for source in (checkout / "kernels/csrc").glob(
+        "*.cpp"
+    ):  # all of them: the build waits for what it has begun
         source.write_text("#error on purpose\n")
     said = setup(checkout, "build_ext", "--inplace")
     if "no C++ compiler" in said or "CMake was not found" in said:
