@@ -74,8 +74,8 @@ def add_commands(commands: Any) -> None:
     tag.add_argument(
         "--scores",
         choices=("sigmoid", "softmax"),
-        default="sigmoid",
-        help="of a classifier of any number of labels per clip, or of one; default: %(default)s",
+        help="of a classifier of any number of labels per clip, or of one; default: softmax where it was fine-tuned "
+        "with cross-entropy, else sigmoid",
     )
     add_any_length(tag)
     add_model(tag)

@@ -309,7 +309,8 @@ class Tagger(AnyLength):
 
     Args:
         model: a classifier, or its path or hub id.
-        scores: "sigmoid" (any number of classes in a clip) or "softmax" (one class a clip).
+        scores: "sigmoid" (any number of classes in a clip) or "softmax" (one class a clip). None: softmax where the
+            model's record says that it was fine-tuned with cross-entropy, else sigmoid.
         pad, long, overlap, batch_size, device, overrides: see `AnyLength`. The probabilities of a clip's chunks are
             averaged.
 
@@ -324,7 +325,7 @@ class Tagger(AnyLength):
         self,
         model: Classifier | str | Path,
         *,
-        scores: str = "sigmoid",
+        scores: str | None = None,
         **options: Any,
     ):
         super().__init__(model, **options)
@@ -333,6 +334,9 @@ class Tagger(AnyLength):
             raise ValueError(
                 f"labels come from a classifier, and this is a {type(self.model).__name__}, which has no classes"
             )
+        if scores is None:
+            record = self.model.record
+            scores = "softmax" if record is not None and record.settings.get("loss") == "ce" else "sigmoid"
         if scores not in ("sigmoid", "softmax"):
             raise ValueError(f"scores must be 'sigmoid' or 'softmax', got {scores!r}")
         self.scores = scores

@@ -14,6 +14,7 @@ from cli_cases import KINDS, SOUNDS, files_below, state_dict
 
 import audiomae
 from audiomae.data import load_audio, recordings
+from audiomae.pretrained import Record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -283,6 +284,15 @@ def test_tag_prints_the_top_labels(run, labelled, scores):
         shown = [line.split() for line in lines[3 * i + 1 : 3 * i + 3]]
         assert [name for _, name in shown] == [tagger.labels[n] for n in numbers]
         np.testing.assert_allclose([float(value) for value, _ in shown], values, atol=1e-3)
+
+
+@pytest.mark.parametrize(("loss", "scores"), [("ce", "softmax"), ("bce", "sigmoid"), (None, "sigmoid")])
+def test_scores_follow_the_loss_that_a_classifier_was_tuned_with(labelled, loss, scores):
+    model = audiomae.load(labelled)
+    if loss is not None:
+        model.record = Record(None, {"loss": loss}, {})
+        model.save_pretrained(labelled)
+    assert audiomae.Tagger(labelled).scores == scores
 
 
 def test_tag_without_names_prints_numbers(run, checkpoints, tmp_path):

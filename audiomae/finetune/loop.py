@@ -191,6 +191,9 @@ class Tuner(Loop):
         masks = model.mask_time or model.mask_frequency
         return spectrogram, self._mask(spectrogram, frames, *stream) if masks else None, frames
 
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {"loss": self.loss}
+
     def _losses(self, batch: Batch, inputs: tuple) -> dict[str, Tensor]:
         logits = self.wrapped(*inputs).logits.float()
         labels = batch.labels.to(self.device, non_blocking=True)

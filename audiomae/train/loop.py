@@ -505,6 +505,10 @@ class Loop:
         name = "training loss" if self.val_loader is None else "validation loss"
         return {} if self.metric is None else {name: self.metric}
 
+    def _settings(self) -> dict[str, Any]:
+        """What the run was made with."""
+        return self.config.to_dict()
+
     def _write_model(self) -> None:
         """Write the model for others to load, with a record of the run."""
         model = self.model
@@ -515,7 +519,7 @@ class Loop:
             if self.processes.first:
                 model = build(model.config)
                 model.load_state_dict(state)
-        settings = {name: value for name, value in self.config.to_dict().items() if name not in _LOCAL}
+        settings = {name: value for name, value in self._settings().items() if name not in _LOCAL}
         model.record = Record(self.config.recipe, settings, self._metrics())
         folder = self.config.folder / "model"
 
