@@ -279,6 +279,7 @@ def test_without_a_validation_split_the_last_weights_are_kept(data, tmp_path):
     settings = {"task": "esc50", "fold": "1", "steps": 3, "val_every": 1, "keep": 3}
     folder = finetune(config(data, tmp_path / "run", **settings))
     assert_same_bits(audiomae.load(folder).state_dict(), state_of(tmp_path / "run", 3)["model"])
+    assert audiomae.load(folder).record.settings["loss"] == "ce"  # the default, resolved: `tag` goes by it
     assert all("val_accuracy" in line for line in metrics(tmp_path / "run") if "loss" not in line)
 
 
