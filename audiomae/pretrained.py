@@ -231,8 +231,8 @@ def _check_size(config: configs.Config, state: dict[str, Tensor], folder: Path) 
             f"{folder / CONFIG} asks for {blocks} blocks, but {folder / WEIGHTS} has {len(state)} tensors in all"
         )
     try:
-        with torch.device("meta"):  # shapes alone
-            model = build(config)
+        with torch.device("meta"):  # shapes alone, whatever is installed here
+            model = build(configs.replace(config, attention=None, impl=None))
     except (RuntimeError, TypeError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{folder / CONFIG} asks for a model of impossible size: {reason}") from error
