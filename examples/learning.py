@@ -230,7 +230,10 @@ def prepare(options):
         shutil.rmtree(folder, ignore_errors=True)
         write_sounds(folder, options.clips)
     paths, labels, names = labelled(folder)
-    raw = spectrograms(paths[:: max(1, len(paths) // 300)], audiomae.Frontend())
+    # Clip by clip: recordings have lengths of their own.
+    raw = torch.cat(
+        [spectrograms([path], audiomae.Frontend())[0] for path in paths[:: max(1, len(paths) // 300)]]
+    )
     mean, std = raw.mean().item(), raw.std().item()
     inputs = spectrograms(paths, audiomae.Frontend(mean=mean, std=std, frames=FRAMES))
     return Recordings(folder, paths, labels, names, mean, std, inputs)

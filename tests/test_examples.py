@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import matplotlib.image
@@ -135,3 +136,17 @@ def test_flops_are_those_of_the_cost_model(call):
     expected = 3 * cost(model.config, 16, FRAMES).flops / 1e9
     # No gradient for the spectrogram: one of the three products of the embedding is not computed.
     assert ablations.gflop(MODEL, FRAMES) == pytest.approx(expected, rel=0.03)
+
+
+def test_recordings_of_different_lengths(call, tmp_path, monkeypatch):
+    """One's own: more of them than are read at a time."""
+    import learning
+    import soundfile
+
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for i in range(40):
+            soundfile.write(tmp_path / label / f"{i}.wav", torch.randn(8000 + 400 * i).numpy() / 4, 16000)
+    found = learning.prepare(types.SimpleNamespace(data=tmp_path))
+    assert found.inputs.shape == (80, learning.FRAMES, 128) and found.inputs.isfinite().all()
+    assert abs(found.inputs[:, :40].mean()) < 0.5 and len(found.paths) == 80

@@ -223,7 +223,7 @@ _SSAST: dict[str, Any] = {
 _SSAST_TASKS: dict[str, dict[str, Any]] = {
     "as20k": {
         **_SSAST, "task": "as20k", "lr": 5e-5, "epochs": 25.0, "batch_size": 12, "step_decay": (0.5, 10.0, 5.0),
-        "average_from": 6, "loss": "bce", "spec_augment": (192, 48), "augment": Augment(mixup=0.5),
+        "average_from": 6, "warmup_steps": 0, "loss": "bce", "spec_augment": (192, 48), "augment": Augment(mixup=0.5),
     },
     "esc50": {
         **_SSAST, "task": "esc50", "lr": 1e-4, "epochs": 50.0, "batch_size": 48, "step_decay": (0.85, 6.0, 1.0),

@@ -106,9 +106,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Report]:
             if not folds:
                 raise ValueError(f"--fold all needs the folder of a run of all folds, and {folder} is none")
             runs = {path.name.removeprefix("fold-"): path for path in folds}
+            _require_all(runs, config, folder)
+        elif (inside := folder / f"fold-{fold}").is_dir():
+            runs = {fold: inside}
+            out = out if config.out else inside / config.split  # the folder's own has what all folds gave
         else:
-            inside = folder / f"fold-{fold}"
-            runs = {fold or "": inside if inside.is_dir() else folder}
+            runs = {fold or "": folder}
         reports, task = {}, None
         for number, path in runs.items():
             task, number, reports_of = _evaluate_one(config, path, number or None, out, processes)
@@ -118,6 +121,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Report]:
         )
         tell(reports, title, out, processes)
     return reports
+
+
+def _require_all(runs: Mapping[str, Path], config: EvaluateConfig, folder: Path) -> None:
+    """Refuses the mean of a part of the folds."""
+    task = config.task or _run_settings(next(iter(runs.values())) / "config.yaml").get("task")
+    missing = [n for n in range(1, TASKS[task].folds + 1) if str(n) not in runs] if task in TASKS else []
+    if missing:
+        raise ValueError(
+            f"{folder} has no fold {', '.join(map(str, missing))} yet, and the mean is of {TASKS[task].folds}: go on "
+            "with audiomae finetune --fold all --resume, or evaluate one with --fold"
+        )
 
 
 def _evaluate_one(
@@ -134,7 +148,13 @@ def _evaluate_one(
         )
     task = config.task or run.get("task")
     data, val_data = config.data or run.get("data", []), config.val_data or run.get("val_data", [])
-    fold = fold or run.get("fold")
+    trained = run.get("fold")
+    if fold and trained and fold != str(trained):
+        raise ValueError(
+            f"{path} was trained with fold {trained} left out for the test, and on the clips of fold {fold}, which was "
+            "asked for: leave --fold out"
+        )
+    fold = fold or trained
     for name, value in (("task", task), ("data", data)):
         if not value:
             raise ValueError(

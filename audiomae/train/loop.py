@@ -192,9 +192,9 @@ class Loop:
             TrainingError: the loss is NaN or infinite.
         """
         c = self.config
-        self._together(self._prepare_folder)
         if c.resume:
             self._resume()
+        self._together(self._prepare_folder)  # a run that cannot go on keeps its configuration
         self.log = Log(c.folder, self.step, self.total, active=self.processes.first)
         try:
             self._announce()
@@ -218,6 +218,8 @@ class Loop:
             micro = [next(batches) for _ in range(c.accumulate)]
             if self.processes.any(stop.requested is not None):
                 if self.step != self.saved:
+                    if self.step > self._first and self.processes.any(self._diverged()):
+                        self._log_interval()  # which says so, and ends the run
                     self._save(consumed)
                 saved = "nothing to save" if self.saved is None else f"{self._path()} is complete"
                 self.log.say(
@@ -346,6 +348,11 @@ class Loop:
         self._clips, self._first = 0, self.step
         self._mark = time.perf_counter()
         return self._mark
+
+    def _diverged(self) -> bool:
+        """Whether a loss or gradient since the last line was not finite in this process."""
+        norms = [] if self.scaler.is_enabled() else [self._norm]
+        return not all(math.isfinite(value) for value in (*self._sums.values(), *norms))
 
     def _log_interval(self) -> None:
         """One line about the steps since the last one. The only place in a step that waits for the device."""

@@ -129,5 +129,12 @@ def test_all_folds(folders, tmp_path, capsys, signalled):
     assert (tmp_path / "again" / "fold-4" / "per_class.csv").exists()
     assert run("evaluate", "--model", out, "--fold", 2, "--workers", 0, "--device", "cpu") == 0
     assert "fold 2" in capsys.readouterr().out
+    assert json.loads((out / "test" / "metrics.json").read_text()) == found  # those of all folds stay
+    assert (out / "fold-2" / "test" / "per_class.csv").exists()
+    assert run("evaluate", "--model", out / "fold-1", "--fold", 2) == 1
+    assert "was trained with fold 1 left out" in capsys.readouterr().err
+    (out / "fold-3").rename(tmp_path / "elsewhere")
+    assert run("evaluate", "--model", out) == 1
+    assert "has no fold 3 yet, and the mean is of 5" in capsys.readouterr().err
     assert run("evaluate", "--model", out / "fold-1", "--fold", "all") == 1
     assert "needs the folder of a run of all folds" in capsys.readouterr().err

@@ -362,6 +362,15 @@ def test_nan_stops_the_run(clips, tmp_path):
     assert metrics(config.out)[-1]["loss"] is None or metrics(config.out)[-1]["grad_norm"] is None
 
 
+def test_a_signal_does_not_save_nan(clips, tmp_path, signalled):
+    """Between two lines, before anybody has looked at the loss."""
+    config = tiny(clips, tmp_path / "run", lr=1e20, warmup_steps=1, save_every=100, log_every=100, steps=30)
+    signalled(20, signal.SIGTERM)
+    with pytest.raises(TrainingError, match=r"nothing was saved yet\. Lower the learning rate"):
+        pretrain(config)
+    assert next(Checkpoints(tmp_path / "run" / "checkpoints").complete(), None) is None
+
+
 def test_a_run_is_not_written_over(clips, tmp_path):
     pretrain(tiny(clips, tmp_path / "run", steps=1))
     with pytest.raises(ValueError, match="holds a run already: go on with it with --resume"):
@@ -375,3 +384,6 @@ def test_resume_with_other_data_or_another_model(clips, tmp_path):
         pretrain(tiny(other, tmp_path / "run", steps=2, resume=True))
     with pytest.raises(ValueError, match="do not fit the model"):
         pretrain(tiny(clips, tmp_path / "run", steps=2, resume=True, overrides={"width": 64}))
+    assert (
+        "width: 64" not in (tmp_path / "run" / "config.yaml").read_text()
+    )  # what goes on is still described
