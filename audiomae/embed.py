@@ -92,6 +92,8 @@ def _add_recordings(parser: argparse.ArgumentParser) -> None:
 
 
 def _embed(options: argparse.Namespace) -> int:
+    if options.out.suffix not in ("", ".npz", ".parquet"):
+        raise ValueError(f"--out {options.out}: the suffix says the format, and should be .npz or .parquet")
     check_writable(options.out)
     writer = ParquetWriter if options.out.suffix == ".parquet" else NpzWriter
     writer.check(options.out)

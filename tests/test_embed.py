@@ -321,3 +321,8 @@ def test_labels_travel_with_the_weights(run, refused, checkpoints, tmp_path):
 def test_tag_refuses_what_is_no_classifier(refused, checkpoints):
     assert "which has no classes" in refused("tag", SOUNDS[0], "--model", checkpoints["window"])
     assert "names an untrained model" in refused("tag", SOUNDS[0], "--model", "audiomae_base")
+
+
+def test_another_suffix_is_refused(run, labelled, tmp_path):
+    status, _, err = run("embed", SOUNDS[0], "--model", labelled, "--out", tmp_path / "e.csv")
+    assert status == 1 and "should be .npz or .parquet" in err and not (tmp_path / "e.csv").exists()

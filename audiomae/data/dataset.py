@@ -262,6 +262,8 @@ class _Loader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:
         try:
             yield from super().__iter__()
+        except AudioError as error:  # of a worker: torch puts its traceback into the message
+            raise AudioError(str(error).rsplit("AudioError: ", 1)[-1].strip()) from None
         except (EOFError, ConnectionError, RuntimeError) as error:
             killed = str(error) if "DataLoader worker" in str(error) else ""
             if not killed and isinstance(error, RuntimeError):

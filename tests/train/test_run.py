@@ -54,11 +54,20 @@ def test_recordings_that_cannot_be_used(tmp_path, caplog):
     assert all(math.isfinite(line["loss"]) for line in lines)
 
 
-def test_nothing_but_damaged_recordings(tmp_path, capsys):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_damaged_recordings(tmp_path, capsys, workers):
     for i in range(4):
         damaged("empty", tmp_path / "bad" / f"{i}.wav")
     overrides = json.dumps(MODELS["audiomae_small"])
-    command = ["pretrain", "--data", str(tmp_path / "bad"), "--out", str(tmp_path / "run"), "--workers", "0"]
+    command = [
+        "pretrain",
+        "--data",
+        str(tmp_path / "bad"),
+        "--out",
+        str(tmp_path / "run"),
+        "--workers",
+        str(workers),
+    ]
     command += [
         "--model",
         "audiomae_small",
