@@ -93,11 +93,7 @@ def spectrogram_noise(spectrogram: Tensor, seeds: Tensor) -> Tensor:
     Returns:
         (B, T, F), the dtype of `spectrogram`.
     """
-    if spectrogram.dim() != 3 or seeds.shape != spectrogram.shape[:1]:
-        raise ValueError(
-            f"spectrogram has shape {tuple(spectrogram.shape)} and seeds {tuple(seeds.shape)}; (batch, frames, bins) "
-            "and (batch,) were expected"
-        )
+    _check_shapes(spectrogram, seeds)
     generator = torch.Generator(spectrogram.device)
     noisy = []
     for clip, seed in zip(spectrogram, seeds.tolist(), strict=True):
@@ -122,11 +118,7 @@ def spec_augment(spectrogram: Tensor, seeds: Tensor, time: int, frequency: int, 
     Returns:
         (B, T, F), the dtype of `spectrogram`.
     """
-    if spectrogram.dim() != 3 or seeds.shape != spectrogram.shape[:1]:
-        raise ValueError(
-            f"spectrogram has shape {tuple(spectrogram.shape)} and seeds {tuple(seeds.shape)}; (batch, frames, bins) "
-            "and (batch,) were expected"
-        )
+    _check_shapes(spectrogram, seeds)
     draws = np.array([np.random.default_rng((seed, 2)).random(4) for seed in seeds.tolist()]).reshape(
         -1, 2, 2
     )
@@ -145,3 +137,11 @@ def spec_augment(spectrogram: Tensor, seeds: Tensor, time: int, frequency: int, 
 def smooth(labels: Tensor, amount: float) -> Tensor:
     """Label smoothing: (B, C) -> (B, C), `amount` of each clip's labels spread evenly over all classes."""
     return labels if not amount else labels * (1 - amount) + amount / labels.shape[1]
+
+
+def _check_shapes(spectrogram: Tensor, seeds: Tensor) -> None:
+    if spectrogram.dim() != 3 or seeds.shape != spectrogram.shape[:1]:
+        raise ValueError(
+            f"spectrogram has shape {tuple(spectrogram.shape)} and seeds {tuple(seeds.shape)}; (batch, frames, bins) "
+            "and (batch,) were expected"
+        )
