@@ -466,8 +466,8 @@ class Loop:
         if found is None:
             if self.checkpoints.started():
                 raise ValueError(
-                    f"no checkpoint in {self.checkpoints.folder} is intact: choose another --out, or remove that folder "
-                    "to start anew"
+                    f"no checkpoint in {self.checkpoints.folder} is intact: choose another --out, or remove that "
+                    "folder to start anew"
                 )
             return
         state = read_state(found.path / STATE)
