@@ -80,11 +80,13 @@ class Reader(Protocol):
         sample_rate: in Hz.
         samples: per channel, as the file states it.
         slack: how many of them may be missing without the file being damaged.
+        suffix: what names of such files end with; "" where that is not known.
     """
 
     sample_rate: int
     samples: int
     slack: int
+    suffix: str
 
     def read(self, start: int, count: int) -> Tensor:
         """(up to `count`, C) float32 from sample `start` on."""
@@ -95,6 +97,7 @@ class _Soundfile:
         self.file = file
         self.sample_rate, self.samples = file.samplerate, file.frames
         self.slack = _MPEG_SLACK if "MPEG" in file.subtype or file.format in ("MP3", "MPEG") else 0
+        self.suffix = ".wav" if file.format == "WAVEX" else f".{file.format.lower()}"
 
     def read(self, start: int, count: int) -> Tensor:
         if start:
@@ -104,6 +107,8 @@ class _Soundfile:
 
 class _Torchcodec:
     """Places in Matroska files are those of its timestamps: up to a millisecond off."""
+
+    suffix = ""
 
     @classmethod
     def open(cls, file: str | os.PathLike | BinaryIO) -> "_Torchcodec":

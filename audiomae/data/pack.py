@@ -22,7 +22,15 @@ from typing import Any
 
 import torch
 
-from audiomae.data.audio import AudioError, _extra, open_audio, read_crop, resampled_length
+from audiomae.data.audio import (
+    AUDIO_SUFFIXES,
+    AudioError,
+    Reader,
+    _extra,
+    open_audio,
+    read_crop,
+    resampled_length,
+)
 from audiomae.data.dataset import MAX_FAILURES, crop_samples, describe
 from audiomae.data.shards import MANIFEST, Member, index_of, scan
 from audiomae.data.sources import Clip, Source, load_json, open_source
@@ -273,6 +281,7 @@ def _pack(job: _Job, number: int, clip: Clip) -> tuple[bytes, str, dict[str, Any
     raw = replace(job.frontend, frames=None)
     recoded, statistics = io.BytesIO(), Statistics()
     with open_audio(io.BytesIO(content), clip.path) as reader:
+        suffix = ".flac" if job.flac else _suffix(clip.path, reader)
         total = resampled_length(reader.samples, reader.sample_rate, rate)
         if total < shortest:
             raise AudioError(
@@ -295,8 +304,19 @@ def _pack(job: _Job, number: int, clip: Clip) -> tuple[bytes, str, dict[str, Any
         "sample_rate": sample_rate,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
-    suffix = ".flac" if job.flac else Path(clip.path).suffix.lower()
     return content, suffix, described, statistics
+
+
+def _suffix(path: str, reader: Reader) -> str:
+    """The name's own if shards know it, that of the format otherwise: they tell audio by it."""
+    suffix = Path(path).suffix.lower()
+    for known in (suffix, reader.suffix):
+        if known in AUDIO_SUFFIXES:
+            return known
+    raise AudioError(
+        f"{path}: has {suffix or 'no suffix'} in its name, by which shards do not know audio; rename it, or pack "
+        "everything as FLAC (--flac)"
+    )
 
 
 def _flac_writer(file: io.BytesIO, rate: int) -> Any:
