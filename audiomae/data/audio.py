@@ -128,9 +128,7 @@ class _Torchcodec:
         self.decoder = decoder
         self.sample_rate = decoder.metadata.sample_rate
         seconds = decoder.metadata.duration_seconds
-        if seconds is None:  # a stream that was never finished: only decoding it tells
-            seconds = decoder.get_all_samples().duration_seconds
-        self.samples = round(seconds * self.sample_rate)
+        self.samples = self._find_end() if seconds is None else round(seconds * self.sample_rate)
         self.slack = self.sample_rate // 10  # containers state durations of packets, encoder delay included
 
     def read(self, start: int, count: int) -> Tensor:
@@ -138,6 +136,27 @@ class _Torchcodec:
             start_seconds=start / self.sample_rate, stop_seconds=(start + count) / self.sample_rate
         )
         return chunk.data.T[:count]
+
+    def _find_end(self) -> int:
+        """Samples of a stream that was never finished and states no duration: up to a second without any.
+
+        Doubling and bisection decode a few of its seconds where decoding tells, not all.
+        """
+        rate = self.sample_rate
+
+        def heard(second: int) -> int:
+            try:
+                return len(self.read(second * rate, rate))
+            except RuntimeError:  # so torchcodec says that nothing is there
+                return 0
+
+        low, high = 0, 1
+        while heard(high):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if heard(middle) else (low, middle)
+        return low * rate + heard(low)
 
 
 def _open(file: str | os.PathLike | BinaryIO, name: str) -> tuple[Reader, Any]:
