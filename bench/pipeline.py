@@ -26,12 +26,13 @@ from audiomae.data import (
     open_source,
     recordings,
 )
+from audiomae.words import plural
 
 from . import device as devices
 from . import results
 from .report import environment as describe_environment
 from .report import markdown, warnings, with_spread, within_rounds
-from .timing import Progress, ProviderError, interleave, measure_cpu, plural, quantile, spread
+from .timing import Progress, ProviderError, interleave, measure_cpu, quantile, spread
 
 COLUMNS = [*results._RUN, "stage", "kind", "workers", "clips", *results._MEASUREMENT, *results._ENVIRONMENT]
 

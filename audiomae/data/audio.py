@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from audiomae.frontend import Frontend
+from audiomae.words import plural
 
 __all__ = ["AudioError", "decode", "load_audio", "load_batch", "load_crop", "open_audio", "recordings"]
 
@@ -159,18 +160,25 @@ class _Torchcodec:
         return low * rate + heard(low)
 
 
+def check_file(path: str | os.PathLike, name: str) -> None:
+    if not os.path.isfile(path):
+        raise AudioError(f"{name}: {'is a folder, no file' if os.path.isdir(path) else 'no such file'}")
+
+
 def _open(file: str | os.PathLike | BinaryIO, name: str) -> tuple[Reader, Any]:
     """The reader, and what has to be closed."""
     soundfile = _extra("soundfile")
     is_path = isinstance(file, (str, os.PathLike))
-    if is_path and not os.path.isfile(file):
-        raise AudioError(f"{name}: no such file")
+    if is_path:
+        check_file(file, name)
     try:
         # As bytes, since soundfile encodes strictly and file names need not be Unicode.
         opened = soundfile.SoundFile(os.fsencode(file) if is_path and os.name == "posix" else file)
         return _Soundfile(opened), opened
     except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: .raw, which has no header
         reason = re.sub(r"^Error opening .*?: ", "", str(error)).rstrip(".") or "damaged"
+        if "SF_INFO struct incomplete" in reason:  # libsndfile's word for a zero in it
+            reason = "its header states no sample rate, or no channels"
     try:  # libsndfile's words for what the system refuses are vague
         with open(file, "rb") if is_path else nullcontext(file) as content:
             content.seek(0)
@@ -225,7 +233,9 @@ def open_audio(file: str | os.PathLike | BinaryIO, name: str | None = None) -> I
 def _read(reader: Reader, start: int, count: int, name: str) -> Tensor:
     """(S,) float32: the mean over the channels of what there is of `count` samples from `start` on."""
     if start >= reader.samples:
-        raise AudioError(f"{name}: has {reader.samples} samples, nothing to read from sample {start} on")
+        raise AudioError(
+            f"{name}: has {plural(reader.samples, 'sample')}, nothing to read from sample {start} on"
+        )
     expected = min(count, reader.samples - start)
     try:
         channels = reader.read(start, expected)
@@ -235,11 +245,11 @@ def _read(reader: Reader, start: int, count: int, name: str) -> Tensor:
         ) from error
     if len(channels) == 0:
         raise AudioError(
-            f"{name}: its header promises {reader.samples} samples, but none could be decoded from {start} on"
+            f"{name}: its header promises {plural(reader.samples, 'sample')}, but none could be decoded from {start} on"
         )
     if len(channels) < expected - reader.slack:
         raise AudioError(
-            f"{name}: is cut short: its header promises {reader.samples} samples, but it ends after "
+            f"{name}: is cut short: its header promises {plural(reader.samples, 'sample')}, but it ends after "
             f"{start + len(channels)}"
         )
     waveform = channels.mean(dim=1)

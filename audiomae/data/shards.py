@@ -22,6 +22,7 @@ import numpy as np
 
 from audiomae.data.audio import AUDIO_SUFFIXES, AudioError, _extra
 from audiomae.data.sources import Clip, Source, Strings, _log, label_indices, load_json, read_labels
+from audiomae.words import plural
 
 MANIFEST = "manifest.json"
 
@@ -226,7 +227,7 @@ def open_shards(spec: Path, labels: str | os.PathLike | None = None) -> Source:
         else:
             _log.warning("%s: holds no audio", tar)
     if not shards:
-        raise AudioError(f"{spec}: none of its {len(tars)} shards holds audio")
+        raise AudioError(f"{spec}: there is no audio in {plural(len(tars), 'shard')}")
     if names is None:
         names = _stated_names(manifest, Path(tars[0]))
     if not names and any(member.labels for _, found in shards for member in found):

@@ -21,6 +21,7 @@ import numpy as np
 from ..data import AudioError, Clip, Source, open_source
 from ..data.audio import AUDIO_SUFFIXES
 from ..data.sources import label_indices, read_labels
+from ..words import plural
 
 _log = logging.getLogger("audiomae.finetune")
 
@@ -525,8 +526,8 @@ def _split_at_random(rows: list[Row]) -> list[Row]:
     for label, members in by_class.items():
         if len(members) < 3:
             raise AudioError(
-                f"the class {''.join(label)!r} has {len(members)} clips, too few to hold some out: name the splits, "
-                "in a column split or in folders train, val and test"
+                f"the class {''.join(label)!r} has {plural(len(members), 'clip')}, too few to hold some out: "
+                "name the splits, in a column split or in folders train, val and test"
             )
         tenth = max(1, round(len(members) / 10))
         order = np.random.default_rng(0).permutation(len(members))

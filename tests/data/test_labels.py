@@ -94,7 +94,7 @@ def test_balanced_ranks_and_resume(source):
     ranks[0].load_state_dict(one.state_dict())
     assert list(ranks[0]) == [batch[:3] for batch in joined[1:]]
     other = BalancedSampler([source], batch_size=6, clips=30, replacement=True)
-    with pytest.raises(ValueError, match="taken with replacement = False, but it is True now"):
+    with pytest.raises(ValueError, match="saved with replacement = False, but it is True now"):
         other.load_state_dict(one.state_dict())
 
 

@@ -240,7 +240,7 @@ CSVS = {
     "path,label,split\na.wav,,train\n": "line 2: the label is empty",
     "path,label,split\na.wav,x,train\nb.wav,x,val\n": "has 1 class, and two at least",
     "path,label,split\na.wav,x,train\nb.wav,y,val\n": r"2 of 2 recordings that .*labels.csv lists are missing",
-    "path,label\na.wav,x\nb.wav,y\n": "the class 'x' has 1 clips, too few",
+    "path,label\na.wav,x\nb.wav,y\n": "the class 'x' has 1 clip, too few",
     "path,label,split\na.wav,x\n": "line 2: split is None; expected train",
     "path,label\n": "and rows",
 }
