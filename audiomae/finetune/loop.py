@@ -21,6 +21,7 @@ from ..data import (
     Batch,
     ClipDataset,
     ClipSampler,
+    RepeatingSampler,
     Source,
     smooth,
     spec_augment,
@@ -129,8 +130,11 @@ class Tuner(Loop):
         train = [self.splits.train]
         options: dict[str, Any] = {"seed": c.seed, **self._ranks}
         if c.balanced:
-            options |= {"clips": c.epoch_clips, "replacement": c.replacement}
-        sampler = (BalancedSampler if c.balanced else ClipSampler)(train, **options)
+            sampler = BalancedSampler(train, clips=c.epoch_clips, replacement=c.replacement, **options)
+        elif c.repeat_classes is not None:
+            sampler = RepeatingSampler(train, share=c.repeat_classes, **options)
+        else:
+            sampler = ClipSampler(train, **options)
         dataset = ClipDataset(
             train, self.frontend, augment=c.augment, seconds=TASKS[c.task].seconds, seed=c.seed
         )
@@ -186,8 +190,8 @@ class Tuner(Loop):
             mean, std = self.frontend.mean, self.frontend.std
             fill = 0.0 if mean is None else -mean / (2 * std)
             spectrogram = spec_augment(spectrogram, batch.seeds, *c.spec_augment, fill=fill)
-        if c.spectrogram_noise:
-            spectrogram = spectrogram_noise(spectrogram, batch.seeds)
+        if (noise := c.spectrogram_noise) is not None:
+            spectrogram = spectrogram_noise(spectrogram, batch.seeds, None if noise == "released" else noise)
         masks = model.mask_time or model.mask_frequency
         return spectrogram, self._mask(spectrogram, frames, *stream) if masks else None, frames
 

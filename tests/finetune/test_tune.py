@@ -122,7 +122,7 @@ def test_several_labels_need_bce(data, tmp_path):
 def test_masks_and_augmentation_in_training_only(data, tmp_path):
     made = tuner(
         data["one"], tmp_path / "run", mask_time=0.4, mask_freq=0.25, spec_augment=(20, 20),
-        spectrogram_noise=True, augment=Augment(mixup=1.0),
+        spectrogram_noise="released", augment=Augment(mixup=1.0),
     )  # fmt: skip
     batch = next(made._batches())
     plain, frames = made._spectrogram(batch)
@@ -131,7 +131,7 @@ def test_masks_and_augmentation_in_training_only(data, tmp_path):
     assert mask.ids_keep.shape[1] == int(0.6 * steps) * int(0.75 * bands)
     assert not torch.equal(spectrogram, plain)
     assert ((batch.labels > 0) & (batch.labels < 1)).any()
-    made.config.spectrogram_noise = False
+    made.config.spectrogram_noise = None
     masked, _, _ = made._inputs(batch, 3, 0, 0)
     fill = torch.tensor(
         -made.frontend.mean / (2 * made.frontend.std)
@@ -189,7 +189,7 @@ FULL = {
     "mask_freq": 0.3,
     "spec_augment": (9, 9),
 }
-FULL |= {"spectrogram_noise": True, "label_smoothing": 0.1}
+FULL |= {"spectrogram_noise": 20.0, "label_smoothing": 0.1}
 RESUMED = {
     "ema": {"ema": 0.9, **FULL},
     "mean": {"average_from": 1, "schedule": "step", **FULL},
