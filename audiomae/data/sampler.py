@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch.utils.data import Sampler
 from audiomae.data.sources import Source
 
 __all__ = ["BalancedSampler", "ClipSampler", "RepeatingSampler"]
+
+_log = logging.getLogger("audiomae.data")
 
 
 class ClipSampler(Sampler[list[tuple[int, int]]]):
@@ -220,6 +223,10 @@ class BalancedSampler(ClipSampler):
             )
         if not drawable:
             raise ValueError("balanced sampling needs labels, and no clip has any")
+        if drawable < total:
+            _log.warning(
+                "%d of %d clips have no label: balanced sampling never draws them", total - drawable, total
+            )
         self._divide(self.clips)
 
     def state_dict(self) -> dict[str, Any]:

@@ -85,6 +85,12 @@ def test_balanced_without_replacement(source):
     assert abs(np.mean(np.array(firsts) >= 90) - expected) < 5 * (expected * (1 - expected) / 2000) ** 0.5
 
 
+def test_balanced_tells_of_clips_without_labels(source, caplog):
+    with_none = Source("more", [*source, Clip("none.wav")], source.label_names)
+    BalancedSampler([with_none], batch_size=5, clips=20)
+    assert "1 of 101 clips have no label: balanced sampling never draws them" in caplog.text
+
+
 def test_balanced_ranks_and_resume(source):
     one = BalancedSampler([source], batch_size=6, clips=30)
     ranks = [BalancedSampler([source], batch_size=3, clips=30, rank=r, world_size=2) for r in range(2)]
