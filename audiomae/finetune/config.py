@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from ..config import list_models
 from ..data import Augment
 from ..train.config import RunConfig, check_least, option
 from .tasks import TASKS
@@ -99,6 +100,8 @@ class TuneConfig(RunConfig):
             raise ValueError(
                 "there is nothing to fine-tune: give --pretrained weights, or --model for random ones"
             )
+        if self.pretrained in list_models():
+            raise ValueError(f"--pretrained {self.pretrained} names an untrained model: give it as --model")
         if bool(task.folds) != (self.fold is not None):
             raise ValueError(
                 f"{task.title} has folds 1 to {task.folds}: give --fold with one of them, or --fold all"
@@ -198,6 +201,8 @@ class EvaluateConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EvaluateConfig:
         return cls(**values)
+
+    to_dict = RunConfig.to_dict
 
     def check(self) -> None:
         """Raises ValueError for what cannot be evaluated."""

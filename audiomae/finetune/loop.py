@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 from torch.utils.data import DataLoader
 
 from ..classifier import Classifier
-from ..config import ClassifierConfig, list_models
+from ..config import ClassifierConfig
 from ..create import create_classifier
 from ..data import (
     BalancedSampler,
@@ -116,8 +116,6 @@ class Tuner(Loop):
             )
         self.loss = c.loss or ("bce" if self.splits.multi_label else "ce")
         published = task.settings
-        if c.pretrained in list_models():
-            raise ValueError(f"--pretrained {c.pretrained} names an untrained model: give it as --model")
         names = self.splits.label_names
         model = create_classifier(
             c.model,

@@ -90,7 +90,8 @@ def test_recipes_are_valid(name):
 @pytest.mark.parametrize("task", [name for name in TASKS if name != "custom"])
 def test_a_task_brings_its_recipe(task):
     c = parse(
-        ["--task", task, "--data", "x", "--out", "y", "--lr", "0.5", "--steps", "7"],
+        ["--task", task, "--data", "x", "--out", "y", "--lr", "0.5", "--steps", "7", "--pretrained", "p"]
+        + ["--fold", "1"] * bool(TASKS[task].folds),
         TuneConfig,
         "finetune",
         "",
@@ -104,12 +105,12 @@ def test_defaults_recipe_file_and_command_line(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(
         "task: spc2\nrecipe: ssast.spc2\nbatch_size: 7\nspec_augment: [3, 4]\nlabel_smoothing: 0.2\n"
+        "data: [x]\nout: y\npretrained: p\nmodel_overrides: {patch: [8, 8]}\n"
     )
     words = [
         "--config",
         str(file),
-        "--fold",
-        "2",
+        "--no-spectrogram-noise",
         "--label-smoothing",
         "0.3",
         "--mask-time",
@@ -119,7 +120,8 @@ def test_defaults_recipe_file_and_command_line(tmp_path, capsys):
     ]
     c = parse(words, TuneConfig, "finetune", "")
     assert (c.task, c.batch_size, c.spec_augment, c.label_smoothing) == ("spc2", 7, (3, 4), 0.3)
-    assert (c.fold, c.mask_time, c.loss, c.lr, c.average_from) == ("2", 0.1, "ce", 2.5e-4, None)
+    assert (c.mask_time, c.loss, c.lr, c.average_from) == (0.1, "ce", 2.5e-4, None)
+    assert c.model_overrides == {"stride": [10, 10], "patch": [8, 8]} and not c.spectrogram_noise
     with pytest.raises(SystemExit) as stop:
         parse([*words, "--print-config"], TuneConfig, "finetune", "")
     assert stop.value.code == 0
@@ -157,12 +159,11 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("words, sentence", MISTAKES, ids=[" ".join(m[0]) or "no data" for m in MISTAKES])
-def test_mistakes(tmp_path, monkeypatch, capsys, words, sentence):
+def test_mistakes(tmp_path, monkeypatch, run, words, sentence):
+    """Status 2 for what the words alone say, 1 for what the disk says."""
     monkeypatch.chdir(tmp_path)
-    if words[:1] == ["--pretrained"]:
-        labelled.class_folders(tmp_path / "x")
-    assert run("finetune", *GOOD, *words) == 1
-    error = capsys.readouterr().err
+    status, _, error = run("finetune", *GOOD, *words)
+    assert status == (2 if words else 1)
     assert error.startswith("audiomae finetune: ") and sentence in error and "Traceback" not in error
     assert not (tmp_path / "y").exists()
 
@@ -176,18 +177,19 @@ def test_words_that_are_none(words, capsys):
     assert stop.value.code == 2 and words[0] in capsys.readouterr().err
 
 
-def test_what_is_missing(tmp_path, capsys):
+def test_what_is_missing(tmp_path, run):
     for left_out, sentence in (
         ("--task", "there is no --task: name a task"),
         ("--model", "nothing to fine-tune"),
     ):
         i = GOOD.index(left_out)
-        assert run("finetune", *GOOD[:i], *GOOD[i + 2 :]) == 1
-        assert sentence in capsys.readouterr().err
-    assert run("evaluate") == 1
-    assert "there is no --model" in capsys.readouterr().err
-    assert run("evaluate", "--model", tmp_path / "nothing", "--task", "custom", "--data", tmp_path) == 1
-    assert "there is no file or folder" in capsys.readouterr().err
+        status, _, error = run("finetune", *GOOD[:i], *GOOD[i + 2 :])
+        assert status == 2 and sentence in error
+    status, _, error = run("evaluate")
+    assert status == 2 and "there is no --model" in error
+    nothing = tmp_path / "nothing"
+    status, _, error = run("evaluate", "--model", nothing, "--task", "custom", "--data", tmp_path)
+    assert status == 1 and "there is no file or folder" in error
 
 
 def test_a_run_is_not_written_over(tmp_path, capsys):
