@@ -101,6 +101,15 @@ def test_a_task_brings_its_recipe(task):
     assert c.batch_size == RECIPES[c.recipe]["batch_size"]
 
 
+def test_classes_are_balanced_in_one_way():
+    """The command line's takes the place of the recipe's."""
+    words = ["--data", "x", "--out", "y", "--pretrained", "p", "--task"]
+    c = parse([*words, "spc1", "--balanced", "--replacement"], TuneConfig, "finetune", "")
+    assert (c.balanced, c.replacement, c.repeat_classes) == (True, True, None)
+    c = parse([*words, "as2m", "--repeat-classes", "0.5"], TuneConfig, "finetune", "")
+    assert (c.balanced, c.epoch_clips, c.repeat_classes) == (False, None, 0.5)
+
+
 def test_defaults_recipe_file_and_command_line(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(
@@ -110,7 +119,8 @@ def test_defaults_recipe_file_and_command_line(tmp_path, capsys):
     words = [
         "--config",
         str(file),
-        "--no-spectrogram-noise",
+        "--spectrogram-noise",
+        "null",
         "--label-smoothing",
         "0.3",
         "--mask-time",
@@ -121,7 +131,7 @@ def test_defaults_recipe_file_and_command_line(tmp_path, capsys):
     c = parse(words, TuneConfig, "finetune", "")
     assert (c.task, c.batch_size, c.spec_augment, c.label_smoothing) == ("spc2", 7, (3, 4), 0.3)
     assert (c.mask_time, c.loss, c.lr, c.average_from) == (0.1, "ce", 2.5e-4, None)
-    assert c.model_overrides == {"stride": [10, 10], "patch": [8, 8]} and not c.spectrogram_noise
+    assert c.model_overrides == {"stride": [10, 10], "patch": [8, 8]} and c.spectrogram_noise is None
     with pytest.raises(SystemExit) as stop:
         parse([*words, "--print-config"], TuneConfig, "finetune", "")
     assert stop.value.code == 0
