@@ -344,6 +344,11 @@ class Loop:
             f"{self.total}, {plural(c.batch_size * c.accumulate * ranks, 'clip')} per step, on {self.device}, "
             f"{c.precision}{how}"
         )
+        if 0 < self.total <= self.warmup:
+            self.log.say(
+                f"the warm-up, {self.warmup} steps, is no shorter than the run: the rate never reaches {self.lr:.3g}. "
+                "Give --warmup-steps or --warmup-epochs"
+            )
 
     def _restart_interval(self) -> float:
         self._sums: dict[str, Tensor] = {}
