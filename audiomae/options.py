@@ -17,6 +17,7 @@ from .config import is_name, list_models
 from .create import create_model, load
 from .data import AudioError, Source, load_crop, open_source
 from .model import SpectrogramModel
+from .words import plural
 
 
 class UsageError(ValueError):
@@ -177,7 +178,7 @@ class Recording:
             waveform = load_crop(file, sample_rate, name=self.name)
         if len(waveform) < sample_rate // 40:
             raise AudioError(
-                f"{self.name}: {len(waveform)} samples at {sample_rate} Hz are too short, a frame is 25 ms"
+                f"{self.name}: {plural(len(waveform), 'sample')} at {sample_rate} Hz: too short, a frame is 25 ms"
             )
         return waveform
 
