@@ -1,6 +1,8 @@
 """Which clips an epoch has, in which order, on which rank."""
 
 import hashlib
+import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,8 +10,11 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from audiomae.data.sources import Source
+from audiomae.words import plural
 
-__all__ = ["BalancedSampler", "ClipSampler"]
+__all__ = ["BalancedSampler", "ClipSampler", "RepeatingSampler"]
+
+_log = logging.getLogger("audiomae.data")
 
 
 class ClipSampler(Sampler[list[tuple[int, int]]]):
@@ -64,7 +69,7 @@ class ClipSampler(Sampler[list[tuple[int, int]]]):
         weights = [1.0] * len(sources) if weights is None else [float(weight) for weight in weights]
         if len(weights) != len(sources) or not all(0 < weight < float("inf") for weight in weights):
             raise ValueError(
-                f"weights are {weights}; expected a positive number for each of {len(sources)} sources"
+                f"weights are {weights}; expected a positive number for each of {plural(len(sources), 'source')}"
             )
         self.sizes = [len(source) for source in sources]
         self.weights = weights
@@ -75,6 +80,8 @@ class ClipSampler(Sampler[list[tuple[int, int]]]):
         self._counts = [
             max(1, round(size * weight)) for size, weight in zip(self.sizes, weights, strict=True)
         ]
+        ends = np.cumsum([0, *self.sizes])
+        self._members = [np.arange(*pair) for pair in itertools.pairwise(ends)]
         self._divide(sum(self._counts))
 
     def _divide(self, clips: int) -> None:
@@ -83,13 +90,13 @@ class ClipSampler(Sampler[list[tuple[int, int]]]):
         self._whole, self._rest = divmod(clips, batch_size * world_size)
         if clips < world_size:
             raise ValueError(
-                f"an epoch has {clips} clips for {world_size} ranks; expected at least one each. Start fewer "
-                "processes, or give more data"
+                f"an epoch has {plural(clips, 'clip')} for {plural(world_size, 'process')}; expected at least one "
+                "each. Start fewer processes, or give more data"
             )
         if self.drop_last and not self._whole:
             raise ValueError(
-                f"an epoch of {clips} clips does not fill one batch of {batch_size} on {world_size} ranks; "
-                "lower the batch size, or keep the rest (drop_last=False)"
+                f"an epoch of {plural(clips, 'clip')} does not fill one batch of {batch_size} in "
+                f"{plural(world_size, 'process')}; choose a smaller batch size, or give more data"
             )
 
     def __len__(self) -> int:
@@ -131,16 +138,18 @@ class ClipSampler(Sampler[list[tuple[int, int]]]):
             raise ValueError(f"the sampler's state lacks {', '.join(missing)}")
         for name, value in own.items():
             if name not in ("epoch", "position", "global_batch") and state[name] != value:
+                what = "clips per source" if name == "sizes" else name
                 raise ValueError(
-                    f"the sampler's state was taken with {name} = {state[name]}, but it is {value} now: the order of "
+                    f"the place in the data was saved with {what} = {state[name]}, but it is {value} now: the order of "
                     "the clips would be another. Resume with the same data and settings, or start a new run"
                 )
         position, rest = divmod(state["position"] * state["global_batch"], own["global_batch"])
         if rest or not 0 <= position < len(self) or state["epoch"] < 0:
             raise ValueError(
-                f"the sampler's state is {state['position']} batches of {state['global_batch']} clips (all ranks "
-                f"together) into epoch {state['epoch']}, which is not a whole number of batches of "
-                f"{own['global_batch']} in an epoch of {len(self)}; resume with the same global batch"
+                f"the run was saved {plural(state['position'], 'batch')} of {state['global_batch']} clips (of all "
+                f"processes together) into epoch {state['epoch']}, which is no whole number of batches of "
+                f"{own['global_batch']} in an epoch of {len(self)}; resume with the same product of batch size and "
+                "processes"
             )
         self.epoch, self.position = state["epoch"], position
 
@@ -150,8 +159,9 @@ class ClipSampler(Sampler[list[tuple[int, int]]]):
         Each source is an endless row of passes over it, and an epoch the next `count` clips of that row. The
         first half of a key is the number of the pass, so that no key ever comes twice.
         """
-        parts, offset = [], 0
-        for number, (size, count) in enumerate(zip(self.sizes, self._counts, strict=True)):
+        parts = []
+        for number, (members, count) in enumerate(zip(self._members, self._counts, strict=True)):
+            size = len(members)
             places = np.arange(epoch * count, (epoch + 1) * count)
             turns = places // size
             indices = places % size
@@ -159,8 +169,7 @@ class ClipSampler(Sampler[list[tuple[int, int]]]):
                 for turn in np.unique(turns):
                     order = np.random.default_rng((self.seed, 1, number, turn)).permutation(size)
                     indices[turns == turn] = order[indices[turns == turn]]
-            parts.append(np.stack((turns, offset + indices), axis=1))
-            offset += size
+            parts.append(np.stack((turns, members[indices]), axis=1))
         keys = np.concatenate(parts)
         if self.shuffle:
             np.random.default_rng((self.seed, 2, epoch)).shuffle(keys)
@@ -217,6 +226,10 @@ class BalancedSampler(ClipSampler):
             )
         if not drawable:
             raise ValueError("balanced sampling needs labels, and no clip has any")
+        if drawable < total:
+            _log.warning(
+                "%d of %d clips have no label: balanced sampling never draws them", total - drawable, total
+            )
         self._divide(self.clips)
 
     def state_dict(self) -> dict[str, Any]:
@@ -237,3 +250,53 @@ class BalancedSampler(ClipSampler):
         # No two draws have the same key, or they would have the same crop.
         turns = np.arange(epoch * self.clips, (epoch + 1) * self.clips)
         return np.stack((turns, drawn), axis=1)
+
+
+class RepeatingSampler(ClipSampler):
+    """Small classes again and again, until each has `share` of the largest one's clips in an epoch.
+
+    Huang et al. 2022, Table 3: "We repeat and balance each class to 50% of the size of the unknown class". An epoch
+    goes over a class whole as often as it can, and then over a part of it, which is another one in the next epoch.
+    What is repeated comes in crops and augmentations of its own.
+
+    Args:
+        sources: labelled ones, one label a clip.
+        share: of the largest class's clips that each other class has in an epoch, in (0, 1]; a class that has more
+            already is left as it is.
+        batch_size, seed, rank, world_size, drop_last: as for :class:`ClipSampler`.
+
+    Raises:
+        ValueError: a clip has no label or several, or the share is out of range.
+    """
+
+    def __init__(self, sources: Sequence[Source], *, share: float, **options: Any):
+        super().__init__(sources, **options)
+        if not 0 < share <= 1:
+            raise ValueError(f"share is {share}, but a share in (0, 1] of the largest class was expected")
+        classes = max(len(source.label_names) for source in sources)
+        labels = np.concatenate([source.label_sums(np.arange(classes)) for source in sources])
+        counts = np.concatenate([source.label_sums(np.ones(classes)) for source in sources])
+        if len(odd := np.flatnonzero(counts != 1)):
+            raise ValueError(
+                f"classes are repeated where each clip has one label, and {len(odd)} of {len(counts)} clips have none "
+                "or several"
+            )
+        of_class = [members for c in range(classes) if len(members := np.flatnonzero(labels == c))]
+        least = round(share * max(map(len, of_class)))
+        self._members, self._counts = [], []
+        for members in of_class:
+            rest = max(least, len(members)) % len(members)
+            for count in (max(least, len(members)) - rest, rest):
+                self._members.append(members)
+                self._counts.append(count)
+        self.share, self._classes = share, [len(members) for members in of_class]
+        self._divide(sum(self._counts))
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"share": self.share, "classes": self._classes}
+
+    def _order(self, epoch: int) -> np.ndarray:
+        keys = super()._order(epoch)
+        # No two repetitions have the same key, or they would have the same crop.
+        keys[:, 0] = np.arange(epoch * len(keys), (epoch + 1) * len(keys))
+        return keys

@@ -24,12 +24,16 @@ PRETRAIN = (
     "end the run with status 0; --resume goes on. Start it under torchrun for several processes."
 )
 
+_UNIONS = (typing.Union, types.UnionType)
+
 #: What is given takes these out of what recipe and files said before.
 _REPLACES = {one: (other,) for pair in EITHER for one, other in (pair, pair[::-1])}
 _REPLACES |= {
     "gain": ("upstream_roll_mag",),
     "roll": ("upstream_roll_mag",),
     "upstream_roll_mag": ("gain", "roll"),
+    "balanced": ("repeat_classes",),
+    "repeat_classes": ("balanced", "replacement", "epoch_clips"),
 }
 
 
@@ -193,16 +197,19 @@ def _type_of(kind: type, name: str) -> Any:
     """Of a setting, `augment.gain` for one; without the None that stands for "not given"."""
     for part in name.split("."):
         kind = typing.get_type_hints(kind)[part]
-        if typing.get_origin(kind) in (typing.Union, types.UnionType):
-            kind = typing.get_args(kind)[0]
+        if typing.get_origin(kind) in _UNIONS:
+            parts = [part for part in typing.get_args(kind) if part is not types.NoneType]
+            kind = typing.Union[tuple(parts)]  # noqa: UP007 (of one, that one)
     return kind
 
 
 def _expected(type_: Any) -> str:
     """In words."""
     origin, arguments = typing.get_origin(type_), typing.get_args(type_)
+    if origin in _UNIONS:
+        return " or ".join(map(_expected, arguments))
     if origin is typing.Literal:
-        return "one of " + ", ".join(map(str, arguments))
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
     if origin is tuple:
         return f"a list such as {list(range(1, len(arguments) + 1))}"
     plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

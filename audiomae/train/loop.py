@@ -29,6 +29,7 @@ from ..data import Batch, ClipDataset, ClipSampler, FailureLog, make_loader
 from ..masking import Mask
 from ..model import SpectrogramModel
 from ..pretrained import Record, build, check_weights
+from ..words import plural
 from .checkpoints import Checkpoint, Checkpoints, read_state, replace_file, replace_folder, write_state
 from .config import RunConfig
 from .log import Log
@@ -105,7 +106,7 @@ class Loop:
         config.check()
         self.config, self.processes, self.device = config, processes, processes.device
         self.checkpoints = Checkpoints(config.folder / "checkpoints", config.keep)
-        if not config.resume and next(self.checkpoints.complete(), None) is not None:
+        if not config.resume and self.checkpoints.started():
             raise ValueError(
                 f"{config.out} holds a run already: go on with it with --resume, or choose another --out"
             )
@@ -339,9 +340,15 @@ class Loop:
         start = f"from step {self.step} " if self.step else ""
         how = "" if ranks == 1 else f" in {ranks} processes ({'FSDP2' if c.fsdp else 'DDP'})"
         self.log.say(
-            f"{c.start}, {count:.1f} M parameters, {sum(self.sampler.sizes)} clips, {start}to step {self.total}, "
-            f"{c.batch_size * c.accumulate * ranks} clips per step, on {self.device}, {c.precision}{how}"
+            f"{c.start}, {count:.1f} M parameters, {plural(sum(self.sampler.sizes), 'clip')}, {start}to step "
+            f"{self.total}, {plural(c.batch_size * c.accumulate * ranks, 'clip')} per step, on {self.device}, "
+            f"{c.precision}{how}"
         )
+        if 0 < self.total <= self.warmup:
+            self.log.say(
+                f"the warm-up, {self.warmup} steps, is no shorter than the run: the rate never reaches {self.lr:.3g}. "
+                "Give --warmup-steps or --warmup-epochs"
+            )
 
     def _restart_interval(self) -> float:
         self._sums: dict[str, Tensor] = {}
@@ -456,10 +463,19 @@ class Loop:
         self.saved = self.step
 
     def _resume(self) -> None:
-        """Go on where the newest complete checkpoint was taken, if there is one."""
+        """Go on where the newest complete checkpoint was taken, if there is one.
+
+        Raises:
+            ValueError: there are some, and all of them are damaged or those of another run.
+        """
         found = self.checkpoints.latest() if self.processes.first else None
         found = self.processes.gather(found)[0]
         if found is None:
+            if self.checkpoints.started():
+                raise ValueError(
+                    f"no checkpoint in {self.checkpoints.folder} is intact: choose another --out, or remove that "
+                    "folder to start anew"
+                )
             return
         state = read_state(found.path / STATE)
         if state["fsdp"] != self.config.fsdp:
