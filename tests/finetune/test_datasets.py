@@ -132,6 +132,17 @@ def test_custom_csv(tmp_path):
     assert not splits.multi_label and labels_of(splits.train)["1.wav"] == ["k1"]
 
 
+def test_custom_folders_that_are_unclear(tmp_path, caplog):
+    root = labelled.class_folders(tmp_path / "plain", clips=3)
+    labelled.sound(root / "lost.wav", 0)
+    assert len(TASKS["custom"].open([str(root)]).train) == 3
+    assert "1 recordings lie beside the folders of classes, and are left out: lost.wav" in caplog.text
+    for name in ("train", "test", "old"):
+        labelled.class_folders(tmp_path / "split" / name, clips=3)
+    with pytest.raises(AudioError, match="holds train, val or test, and old: are these splits or classes"):
+        TASKS["custom"].open([str(tmp_path / "split")])
+
+
 def test_custom_csv_of_rare_labels(tmp_path):
     """Several labels a clip: those that come first only once are held out together. A clip may have none."""
     rows = [f"{i}.wav,{label}" for i, label in enumerate(["a"] * 20 + ["b;a", "c;b", "d", "e", ""])]
