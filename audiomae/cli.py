@@ -28,6 +28,7 @@ from .options import add_overrides, open_model, overrides
 from .probe import add_command as add_probe
 from .reconstruct import add_command as add_reconstruct
 from .upstream import load_upstream, position_layout, to_upstream
+from .words import plural
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -226,15 +227,17 @@ def _convert(options: argparse.Namespace) -> None:
         model.config.frontend = _with_labels(model, options.labels)
     model.save_pretrained(options.output)
     kind, carried = model.upstream.kind, len(model.upstream.extras)
-    print(f"{options.input}: {kind}, {_parameters(model)} parameters, {carried} unused tensors carried along")
+    print(
+        f"{options.input}: {kind}, {_parameters(model)} parameters, {plural(carried, 'unused tensor')} carried along"
+    )
     print(f"wrote {options.output}")
 
 
 def _with_labels(model: SpectrogramModel, path: Path) -> Frontend:
     _, labels = read_labels(path)
     if not isinstance(model, Classifier) or len(labels) != model.config.num_classes:
-        classes = f"{model.config.num_classes} classes" if isinstance(model, Classifier) else "no classes"
-        raise ValueError(f"{path} names {len(labels)} labels, but the model has {classes}")
+        classes = plural(model.config.num_classes, "class") if isinstance(model, Classifier) else "no classes"
+        raise ValueError(f"{path} names {plural(len(labels), 'label')}, but the model has {classes}")
     return replace(model.config.frontend, labels=labels)
 
 
@@ -256,10 +259,16 @@ def _verify(options: argparse.Namespace) -> None:
     model = open_model(options.checkpoint, options).eval()
     c = model.config
     kind = model.upstream.kind if model.upstream is not None else type(model).__name__
-    print(f"family            {kind} ({c.width} wide, {c.depth} blocks, {_parameters(model)} parameters)")
+    print(
+        f"family            {kind} ({c.width} wide, {plural(c.depth, 'block')}, {_parameters(model)} parameters)"
+    )
     print(f"tokens            patch {c.patch}, stride {c.step}, grid {c.grid()} of {c.frames} frames")
     if isinstance(model, MaskedAutoencoder):
-        blocks = f", {c.num_decoder_blocks} blocks of width {c.decoder_width}" if c.decoder != "none" else ""
+        blocks = (
+            f", {plural(c.num_decoder_blocks, 'block')} of width {c.decoder_width}"
+            if c.decoder != "none"
+            else ""
+        )
         print(f"decoder           {c.decoder}{blocks}")
     layouts = [
         position_layout(part.positions.table, c.grid())

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from .attention import BACKENDS
 from .frontend import Frontend
 from .masking import SHARED, check_ratio
+from .words import plural
 
 DECODERS = ("window", "hybrid", "global", "cross", "none")
 PADS = ("attend", "exclude")
@@ -336,7 +337,7 @@ class ClassifierConfig(EncoderConfig):
         labels = self.frontend.labels
         if labels is not None and len(labels) != self.num_classes:
             raise ValueError(
-                f"the front end names {len(labels)} labels, but num_classes is {self.num_classes}"
+                f"the front end names {plural(len(labels), 'label')}, but num_classes is {self.num_classes}"
             )
 
 

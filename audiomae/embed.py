@@ -25,6 +25,7 @@ from .options import (
     positive,
     replacing,
 )
+from .words import plural
 
 _MARK = b"audiomae"  # in the metadata of our Parquet files
 
@@ -117,15 +118,19 @@ def _embed(options: argparse.Namespace) -> int:
                 out.add(recording, values)
                 rows += len(values)
                 times = (
-                    f", {len(values)} steps of {embedder.step_ms:g} ms" if options.level == "frame" else ""
+                    f", {plural(len(values), 'step')} of {embedder.step_ms:g} ms"
+                    if options.level == "frame"
+                    else ""
                 )
                 norm = values.norm(dim=1).mean()
                 print(f"{recording.name}  {embedder.width} values{times}, norm {norm:.3f}")
         if not rows:
-            raise ValueError(f"none of {len(found)} recordings could be used: {options.out} was not written")
+            raise ValueError(
+                f"none of {plural(len(found), 'recording')} could be used: {options.out} was not written"
+            )
     print(f"wrote {options.out}: embeddings {(rows, embedder.width)}")
     if failed:
-        print(f"audiomae embed: {len(failed)} of {len(found)} recordings were left out", file=sys.stderr)
+        print(f"audiomae embed: left out {len(failed)} of {plural(len(found), 'recording')}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
+from .words import plural
+
 __all__ = ["FRONTENDS", "Frontend", "fbank", "num_frames"]
 
 WINDOWS = ("hanning", "povey")
@@ -273,7 +275,7 @@ def fbank(
         )
     if waveform.shape[-1] < size:
         raise ValueError(
-            f"the waveform has {waveform.shape[-1]} samples, fewer than one frame of {size} "
+            f"the waveform has {plural(waveform.shape[-1], 'sample')}, fewer than one frame of {size} "
             f"({frame_length} ms at {sample_rate} Hz); pad it with zeros or leave the clip out"
         )
 
@@ -454,7 +456,7 @@ class Frontend:
             for clip, length in enumerate(lengths.tolist()):
                 if not frame <= length <= waveform.shape[1]:
                     raise ValueError(
-                        f"clip {clip} has {length} samples; expected at least {frame} (one frame of 25 ms) "
+                        f"clip {clip} has {plural(length, 'sample')}; expected at least {frame} (one frame of 25 ms) "
                         f"and at most {waveform.shape[1]}, the waveform's; pad it or leave it out"
                     )
         return lengths.to(waveform.device, non_blocking=True)

@@ -16,6 +16,7 @@ from .config import list_models
 from .create import create_model, load
 from .data import AudioError, Source, load_crop, open_source
 from .model import SpectrogramModel
+from .words import plural
 
 
 def positive(text: str) -> int:
@@ -151,7 +152,7 @@ class Recording:
             waveform = load_crop(file, sample_rate, name=self.name)
         if len(waveform) < sample_rate // 40:
             raise AudioError(
-                f"{self.name}: {len(waveform)} samples at {sample_rate} Hz are too short, a frame is 25 ms"
+                f"{self.name}: {plural(len(waveform), 'sample')} at {sample_rate} Hz: too short, a frame is 25 ms"
             )
         return waveform
 

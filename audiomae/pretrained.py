@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import config as configs
+from .words import plural
 
 if TYPE_CHECKING:
     from .model import SpectrogramModel
@@ -252,15 +253,19 @@ def _card_body(model: SpectrogramModel) -> str:
     lines = [
         f"# {type(model).__name__}, {c.family}",
         "",
-        f"{parameters:,} parameters: {c.depth} blocks of width {c.width} with {c.heads} heads, patches of {c.patch[0]} "
-        f"frames x {c.patch[1]} mel bins. Clips of {c.frames} frames (10 ms each), at {c.frontend.sample_rate} Hz.",
+        f"{parameters:,} parameters: {plural(c.depth, 'block')} of width {c.width} with "
+        f"{plural(c.heads, 'head')}, patches of {c.patch[0]} frames x {c.patch[1]} mel bins. "
+        f"Clips of {c.frames} frames (10 ms each), at {c.frontend.sample_rate} Hz.",
     ]
     if model.upstream is not None:
         lines += ["", f"Converted from a published checkpoint of {model.upstream.kind}."]
     lines += ["", "```python", "import audiomae", "", "model = audiomae.load(FOLDER_OR_HUB_ID)", "```"]
     if c.frontend.labels is not None:
         labels = c.frontend.labels
-        lines += ["", f"{len(labels)} labels: {', '.join(labels[:8])}" + (", ..." if len(labels) > 8 else "")]
+        lines += [
+            "",
+            f"{plural(len(labels), 'label')}: {', '.join(labels[:8])}" + (", ..." if len(labels) > 8 else ""),
+        ]
     lines += ["", "## Training", ""]
     if record is None:
         return "\n".join([*lines, "How these weights were trained is not recorded."])
@@ -286,7 +291,7 @@ def check_finite(state: dict[str, Tensor], source: object) -> None:
     """Refuses weights that a run that diverged has left behind, or that were made to harm."""
     bad = [name for name, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if bad:
-        raise ValueError(f"{source}: {len(bad)} tensors hold NaN or infinity, the first is {bad[0]}")
+        raise ValueError(f"{source}: NaN or infinity in {plural(len(bad), 'tensor')}, the first is {bad[0]}")
 
 
 def check_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], source: object) -> None:

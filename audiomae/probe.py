@@ -30,6 +30,7 @@ from .options import (
     positive,
     replacing,
 )
+from .words import plural
 
 __all__ = ["LinearProbe", "folds", "labelled_folder", "nearest_neighbours", "probe"]
 
@@ -213,7 +214,7 @@ def _probe(options: argparse.Namespace) -> int:
         rows.append(embedder(waveforms).cpu())
         kept += [number[recording.name] for recording in good]
     if not rows:
-        raise ValueError(f"none of {len(recordings)} recordings in {options.folder} could be used")
+        raise ValueError(f"none of {plural(len(recordings), 'recording')} in {options.folder} could be used")
     accuracies = probe(
         torch.cat(rows),
         kept,

@@ -16,6 +16,7 @@ from .model import MaskedAutoencoder, SpectrogramModel
 from .options import Recording, add_model, check_device, check_writable, open_model, replacing
 from .picture import draw_reconstruction, reconstruct
 from .ssast import SSAST
+from .words import plural
 
 
 def add_command(commands: Any) -> None:
@@ -105,7 +106,7 @@ def _excerpt(file: Path, start: float, model: SpectrogramModel) -> torch.Tensor:
     total, first = len(spectrogram), round(100 * start)
     if not 0 <= first <= total - c.patch[0]:
         raise ValueError(
-            f"{file}: has {total} frames of 10 ms, and none of {c.patch[0]} (one patch) begins at {start:g} s"
+            f"{file}: has {plural(total, 'frame')} of 10 ms, and none of {c.patch[0]} (one patch) begins at {start:g} s"
         )
     spectrogram = spectrogram[first : first + c.frames]
     if total - first > c.frames:

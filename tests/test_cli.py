@@ -156,7 +156,7 @@ def test_verify_refuses_nan(refused, run, tmp_path):
         state["blocks.1.mlp.fc2.weight"][3, 5] = value
         torch.save(state, tmp_path / "nan.pth")
         message = refused("verify", tmp_path / "nan.pth")
-        assert "1 tensors hold NaN or infinity" in message and "encoder.blocks.1.mlp.fc2.weight" in message
+        assert "NaN or infinity in 1 tensor" in message and "encoder.blocks.1.mlp.fc2.weight" in message
 
 
 def test_verify_refuses_a_model_that_overflows(refused, tmp_path):
@@ -196,7 +196,7 @@ def refused_inputs(folder):
         "evil.pth": ([], "it holds posix.system" if os.name == "posix" else "it holds nt.system"),
         "resnet.pth": ([], "layer1.weight"),
         "mae_ast.pt": ([], 'tokens="patch" or tokens="frame"'),
-        "missing.pth": ([], "1 tensors are missing: decoder_pred.bias"),
+        "missing.pth": ([], "lacks 1 tensor: decoder_pred.bias"),
         "shape.pth": ([], "decoder_pred.bias (3,)"),
     } | {
         "shape.pth ": (["--num-heads", "3"], "heads=3"),

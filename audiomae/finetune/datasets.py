@@ -21,6 +21,7 @@ import numpy as np
 from ..data import AudioError, Clip, Source, open_source
 from ..data.audio import AUDIO_SUFFIXES
 from ..data.sources import label_indices, read_labels
+from ..words import plural
 
 _log = logging.getLogger("audiomae.finetune")
 
@@ -631,8 +632,8 @@ def _split_at_random(rows: list[Row], multi_label: bool) -> list[Row]:
     if small and not multi_label:
         label, members = small[0]
         raise AudioError(
-            f"the class {''.join(label)!r} has {len(members)} clips, too few to hold some out: name the splits, "
-            "in a column split or in folders train, val and test"
+            f"the class {''.join(label)!r} has {plural(len(members), 'clip')}, too few to hold some out: "
+            "name the splits, in a column split or in folders train, val and test"
         )
     if small:
         groups.append([row for _, members in small for row in members])

@@ -29,6 +29,7 @@ from ..data import Batch, ClipDataset, ClipSampler, FailureLog, make_loader
 from ..masking import Mask
 from ..model import SpectrogramModel
 from ..pretrained import Record, build, check_weights
+from ..words import plural
 from .checkpoints import Checkpoint, Checkpoints, read_state, replace_file, replace_folder, write_state
 from .config import RunConfig
 from .log import Log
@@ -339,8 +340,9 @@ class Loop:
         start = f"from step {self.step} " if self.step else ""
         how = "" if ranks == 1 else f" in {ranks} processes ({'FSDP2' if c.fsdp else 'DDP'})"
         self.log.say(
-            f"{c.start}, {count:.1f} M parameters, {sum(self.sampler.sizes)} clips, {start}to step {self.total}, "
-            f"{c.batch_size * c.accumulate * ranks} clips per step, on {self.device}, {c.precision}{how}"
+            f"{c.start}, {count:.1f} M parameters, {plural(sum(self.sampler.sizes), 'clip')}, {start}to step "
+            f"{self.total}, {plural(c.batch_size * c.accumulate * ranks, 'clip')} per step, on {self.device}, "
+            f"{c.precision}{how}"
         )
         if 0 < self.total <= self.warmup:
             self.log.say(

@@ -100,7 +100,7 @@ def test_balanced_ranks_and_resume(source):
     ranks[0].load_state_dict(one.state_dict())
     assert list(ranks[0]) == [batch[:3] for batch in joined[1:]]
     other = BalancedSampler([source], batch_size=6, clips=30, replacement=True)
-    with pytest.raises(ValueError, match="taken with replacement = False, but it is True now"):
+    with pytest.raises(ValueError, match="saved with replacement = False, but it is True now"):
         other.load_state_dict(one.state_dict())
 
 
@@ -147,7 +147,7 @@ def test_repeated_classes_on_ranks_and_resumed(keywords):
     one.advance()
     ranks[0].load_state_dict(one.state_dict())
     assert list(ranks[0]) == [batch[:3] for batch in joined[1:]]
-    with pytest.raises(ValueError, match=r"taken with share = 0\.5, but it is 0\.4 now"):
+    with pytest.raises(ValueError, match=r"saved with share = 0\.5, but it is 0\.4 now"):
         RepeatingSampler([source], share=0.4, batch_size=6).load_state_dict(one.state_dict())
 
 

@@ -330,7 +330,7 @@ CSVS = {
     "path,label,split\na.wav,,train\n": "line 2: the label is empty",
     "path,label,split\na.wav,x,train\nb.wav,x,val\n": "has 1 class, and two at least",
     "path,label,split\na.wav,x,train\nb.wav,y,val\n": r"2 of 2 recordings that .*labels.csv lists are missing",
-    "path,label\na.wav,x\nb.wav,y\n": "the class 'x' has 1 clips, too few",
+    "path,label\na.wav,x\nb.wav,y\n": "the class 'x' has 1 clip, too few",
     "path,label,split\na.wav,x,train\n./a.wav,x,test\n": r"./a.wav is there twice \(x in train and x in test\)",
     "path,label\na.wav,x\na.wav,y\n": r"a.wav is there twice \(x and y\): .*several labels go into one row",
     "path,label\na.wav,x\na.wav,x\n": "a.wav is there twice",
