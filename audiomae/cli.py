@@ -24,7 +24,7 @@ from .embed import add_commands as add_embed_and_tag
 from .export import add_command as add_export
 from .frontend import Frontend
 from .model import MaskedAutoencoder, Output, SpectrogramModel
-from .options import add_overrides, open_model, overrides
+from .options import UsageError, add_overrides, check_writable, open_model, overrides, replacing
 from .probe import add_command as add_probe
 from .reconstruct import add_command as add_reconstruct
 from .upstream import load_upstream, position_layout, to_upstream
@@ -32,7 +32,12 @@ from .words import plural
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; errors that a user can mend are printed as one sentence. Returns the exit status."""
+    """Run a command; errors that a user can mend are printed as one sentence.
+
+    Returns:
+        The exit status: 2 if the command line is wrong by itself (argparse ends the program with it too), 1 for
+        anything else that went wrong.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # Training parses its own options, of which configuration files are a part.
     own = arguments[:1] and arguments[0] in _TRAINING
@@ -45,8 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        print(f"audiomae {options.command}: {error}", file=sys.stderr)
-        return 1
+        sentence = str(error)
+        if (
+            isinstance(error, OSError) and error.strerror
+        ):  # the operating system's, which nobody made a sentence of
+            sentence = ": ".join(filter(None, (error.filename, error.strerror)))
+        print(f"audiomae {options.command}: {sentence}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
     return status or 0
 
 
@@ -98,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
 
     verify = commands.add_parser("verify", help="what a checkpoint is, and whether it works")
-    verify.add_argument("checkpoint", help="a published file, or a folder or hub id of ours")
+    verify.add_argument("checkpoint", help="a published file, a folder or hub id of ours, or a model's name")
     add_overrides(verify)
     verify.set_defaults(run=_verify)
     return parser
@@ -244,14 +254,12 @@ def _with_labels(model: SpectrogramModel, path: Path) -> Frontend:
 def _export(options: argparse.Namespace) -> None:
     if options.output.suffix != ".pth" or options.output.is_dir():
         raise ValueError(f"from a folder, OUT is a .pth file to write, got {options.output}")
-    if not options.output.parent.is_dir():
-        raise FileNotFoundError(f"the folder {options.output.parent} of OUT does not exist: make it first")
+    check_writable(options.output, "OUT")
     if options.output.exists() and not options.force:
         raise FileExistsError(f"{options.output} exists already: choose another name, or add --force")
     state = to_upstream(open_model(options.input, options))
-    temporary = options.output.with_suffix(".pth.part")
-    torch.save({"model": state}, temporary)
-    temporary.replace(options.output)
+    with replacing(options.output) as temporary, temporary.open("wb") as file:
+        torch.save({"model": state}, file)
     print(f"wrote {options.output}: {len(state)} tensors under the published code's names")
 
 

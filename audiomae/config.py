@@ -26,6 +26,15 @@ RECOMPUTE = ("none", "activations", "blocks")
 IMPLEMENTATIONS = (None, "reference", "native", "triton")
 
 
+def is_name(source: object) -> bool:
+    """Whether a text names a model, rather than a path or a hub id.
+
+    It does so beside a file or folder of that name, which "./name" or a `Path` stands for: what a command does
+    must not depend on the folder that it is started in.
+    """
+    return isinstance(source, str) and source in list_models()
+
+
 def suggest(name: str, known) -> str:
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -18,6 +18,7 @@ from .options import (
     add_model,
     check_device,
     check_writable,
+    file_to_write,
     find_recordings,
     layer,
     load_batches,
@@ -56,7 +57,10 @@ def add_commands(commands: Any) -> None:
         "default: %(default)s",
     )
     embed.add_argument(
-        "--out", type=Path, default=Path("embeddings.npz"), help="file to write; default: %(default)s"
+        "--out",
+        type=file_to_write("", ".npz", ".parquet"),
+        default=Path("embeddings.npz"),
+        help="file to write; default: %(default)s",
     )
     add_any_length(embed)
     add_model(embed)
@@ -93,8 +97,6 @@ def _add_recordings(parser: argparse.ArgumentParser) -> None:
 
 
 def _embed(options: argparse.Namespace) -> int:
-    if options.out.suffix not in ("", ".npz", ".parquet"):
-        raise ValueError(f"--out {options.out}: the suffix says the format, and should be .npz or .parquet")
     check_writable(options.out)
     writer = ParquetWriter if options.out.suffix == ".parquet" else NpzWriter
     writer.check(options.out)

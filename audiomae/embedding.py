@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .classifier import Classifier
-from .config import list_models
+from .config import is_name
 from .create import create_model, load
 from .model import Positions, SpectrogramModel
 from .pretrained import reconfigured
@@ -106,8 +106,8 @@ class AnyLength(nn.Module):
         if isinstance(model, SpectrogramModel):
             if overrides:
                 raise TypeError(f"{type(self).__name__} has no option {next(iter(overrides))!r}")
-        elif str(model) in list_models():
-            model = create_model(str(model), **overrides)
+        elif is_name(model):
+            model = create_model(model, **overrides)
         else:
             model = load(model, **overrides).float()
         # A copy, so that neither the settings nor the mode of the model given change.

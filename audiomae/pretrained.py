@@ -160,7 +160,7 @@ class PretrainedMixin(
 
 
 def load_folder(folder: Path, overrides: dict[str, Any]) -> SpectrogramModel:
-    """The model in a folder written by `save_pretrained`, some fields of its configuration replaced.
+    """The model in a folder written by `save_pretrained`, or by a run, some fields of its configuration replaced.
 
     Also published weights beside a configuration of somebody else's (timm's); the overrides are those of
     `audiomae.from_upstream` then. `decoder="none"` leaves the decoder of a pre-trained model out.
@@ -169,6 +169,7 @@ def load_folder(folder: Path, overrides: dict[str, Any]) -> SpectrogramModel:
         FileNotFoundError: a file is missing.
         ValueError: the configuration or the weights are broken, hold NaN, or do not belong together.
     """
+    folder = _model_in(folder)
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}: it is no folder that save_pretrained wrote")
     settings = _read_json(folder / CONFIG)
@@ -202,6 +203,21 @@ def load_folder(folder: Path, overrides: dict[str, Any]) -> SpectrogramModel:
         except TypeError as error:
             raise ValueError(f"{folder / RECORD} is no record of a training run: {error}") from error
     return model
+
+
+def _model_in(folder: Path) -> Path:
+    """The folder itself, or where it is that of a run (`audiomae.train`), its model's."""
+    if (folder / CONFIG).is_file() or (folder / "model" / CONFIG).is_file():
+        return folder if (folder / CONFIG).is_file() else folder / "model"
+    if (folder / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"{folder} holds a run that has not come to its end, and has no model yet: go on with it with --resume"
+        )
+    if (folder / "fold-1").is_dir():
+        raise FileNotFoundError(
+            f"{folder} holds a run of all folds, which have a model each: name one, such as {folder / 'fold-1'}"
+        )
+    return folder
 
 
 def _load_published(folder: Path, overrides: dict[str, Any]) -> SpectrogramModel:

@@ -245,7 +245,7 @@ def test_embed_refuses_before_work(refused, checkpoints, monkeypatch, tmp_path):
         assert f"--device {device} cannot be used" in refused(
             "embed", SOUNDS[0], *model, *out, "--device", device
         )
-    message = refused("embed", SOUNDS[0], "--model", "audiomae_small", "--num-heads", 3, *out)
+    message = refused("embed", SOUNDS[0], "--model", "audiomae_small", "--num-heads", 3, *out, status=2)
     assert "audiomae_small" in message
     assert files_below(tmp_path) == []
 
@@ -320,9 +320,8 @@ def test_labels_travel_with_the_weights(run, refused, checkpoints, tmp_path):
 
 def test_tag_refuses_what_is_no_classifier(refused, checkpoints):
     assert "which has no classes" in refused("tag", SOUNDS[0], "--model", checkpoints["window"])
-    assert "names an untrained model" in refused("tag", SOUNDS[0], "--model", "audiomae_base")
 
 
 def test_another_suffix_is_refused(run, labelled, tmp_path):
     status, _, err = run("embed", SOUNDS[0], "--model", labelled, "--out", tmp_path / "e.csv")
-    assert status == 1 and "should be .npz or .parquet" in err and not (tmp_path / "e.csv").exists()
+    assert status == 2 and "should be .npz or .parquet" in err and not (tmp_path / "e.csv").exists()

@@ -106,7 +106,7 @@ class Loop:
         config.check()
         self.config, self.processes, self.device = config, processes, processes.device
         self.checkpoints = Checkpoints(config.folder / "checkpoints", config.keep)
-        if not config.resume and next(self.checkpoints.complete(), None) is not None:
+        if not config.resume and self.checkpoints.started():
             raise ValueError(
                 f"{config.out} holds a run already: go on with it with --resume, or choose another --out"
             )
@@ -463,10 +463,19 @@ class Loop:
         self.saved = self.step
 
     def _resume(self) -> None:
-        """Go on where the newest complete checkpoint was taken, if there is one."""
+        """Go on where the newest complete checkpoint was taken, if there is one.
+
+        Raises:
+            ValueError: there are some, and all of them are damaged or those of another run.
+        """
         found = self.checkpoints.latest() if self.processes.first else None
         found = self.processes.gather(found)[0]
         if found is None:
+            if self.checkpoints.started():
+                raise ValueError(
+                    f"no checkpoint in {self.checkpoints.folder} is intact: choose another --out, or remove that "
+                    "folder to start anew"
+                )
             return
         state = read_state(found.path / STATE)
         if state["fsdp"] != self.config.fsdp:
