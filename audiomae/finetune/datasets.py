@@ -586,7 +586,7 @@ def _custom_folder_of_classes(folder: Path) -> list[Row]:
         p.name for p in sorted(folder.iterdir()) if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file()
     ]:
         _log.warning(
-            "%s: %d recordings lie beside the folders of classes, and are left out: %s%s", folder, len(loose),
+            "%s: left out %s beside the folders of classes: %s%s", folder, plural(len(loose), "recording"),
             ", ".join(loose[:3]), ", ..." if len(loose) > 3 else "",
         )  # fmt: skip
     return [(clip.path, (c.name,), None) for c in classes for clip in open_source(c)]
