@@ -228,7 +228,7 @@ class BalancedSampler(ClipSampler):
             raise ValueError("balanced sampling needs labels, and no clip has any")
         if drawable < total:
             _log.warning(
-                "%d of %d clips have no label: balanced sampling never draws them", total - drawable, total
+                "balanced sampling never draws clips without a label: %d of %d", total - drawable, total
             )
         self._divide(self.clips)
 
@@ -278,8 +278,8 @@ class RepeatingSampler(ClipSampler):
         counts = np.concatenate([source.label_sums(np.ones(classes)) for source in sources])
         if len(odd := np.flatnonzero(counts != 1)):
             raise ValueError(
-                f"classes are repeated where each clip has one label, and {len(odd)} of {len(counts)} clips have none "
-                "or several"
+                "classes are repeated where each clip has one label; with none or several there are "
+                f"{len(odd)} of {len(counts)} clips"
             )
         of_class = [members for c in range(classes) if len(members := np.flatnonzero(labels == c))]
         least = round(share * max(map(len, of_class)))

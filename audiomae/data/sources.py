@@ -17,7 +17,7 @@ import numpy as np
 
 from audiomae.data.audio import AUDIO_SUFFIXES, AudioError
 
-__all__ = ["Clip", "Source", "open_source"]
+__all__ = ["Clip", "Source", "labelled_folder", "open_source"]
 
 _log = logging.getLogger("audiomae.data")
 
@@ -160,6 +160,29 @@ def open_source(spec: str | os.PathLike, labels: str | os.PathLike | None = None
     if any(character in text for character in "{*?["):
         return open_shards(path, labels)
     raise AudioError(f"{text}: no such file or folder")
+
+
+def labelled_folder(folder: str | os.PathLike) -> Source:
+    """The recordings of a folder that holds a folder of them for each of two or more classes.
+
+    Each clip has one label, the number of its class; the classes' names, in order, are `label_names`.
+
+    Raises:
+        AudioError: there is no such folder, it holds fewer than two folders, or one without recordings.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise AudioError(f"there is no folder {folder}")
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(names) < 2:
+        raise AudioError(f"{folder}: should hold a folder of recordings for each of two or more classes")
+    clips = []
+    for number, name in enumerate(names):
+        source = open_source(folder / name)
+        if type(source) is not Source:
+            raise AudioError(f"{folder / name}: holds shards, and recordings were expected")
+        clips += [Clip(clip.path, (number,)) for clip in source]
+    return Source(str(folder), clips, names)
 
 
 def _no_labels(path: Path, labels: str | os.PathLike | None, kind: str) -> None:
