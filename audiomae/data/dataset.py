@@ -330,7 +330,10 @@ class FailureLog:
             name = getattr(failure, "path", failure)
             if name not in self.files:
                 self.files.add(name)
-                _log.warning("%s; another clip takes its place", failure)
+                self._say(failure)
+
+    def _say(self, failure: str) -> None:
+        _log.warning("%s; another clip takes its place", failure)
 
 
 _log = logging.getLogger("audiomae.data")
