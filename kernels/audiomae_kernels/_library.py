@@ -21,6 +21,8 @@ SCHEMAS = {
     "attention": "(Tensor qkv, Tensor? cu_seqlens, Tensor? seed, *, float dropout, str impl) -> (Tensor, Tensor)",
     "attention_backward": "(Tensor grad, Tensor qkv, Tensor out, Tensor statistics, Tensor? cu_seqlens, Tensor? seed, "
     "*, float dropout, str impl) -> Tensor",
+    "fbank": "(Tensor waveform, *, float sample_rate, str window, int mel_bins, float frame_length, "
+    "float frame_shift, float low_freq, float high_freq, float preemphasis, bool remove_dc_offset, str impl) -> Tensor",
     "window_attention": "(Tensor qkv, Tensor? tau, Tensor? bias, *, SymInt[2] grid, int[2] window, "
     "int[2] shift, str scoring, str impl) -> Tensor",
     "window_attention_backward": "(Tensor grad, Tensor qkv, Tensor? tau, Tensor? bias, *, SymInt[2] grid, "
@@ -245,6 +247,13 @@ def _(qkv, cu_seqlens, seed, *, dropout, impl):
 @_fake("attention_backward")
 def _(grad, qkv, out, statistics, cu_seqlens, seed, *, dropout, impl):
     return wanted(qkv, True)
+
+
+@_fake("fbank")
+def _(waveform, *, sample_rate, mel_bins, frame_length, frame_shift, **settings):
+    # As `fbank.reference.frame_sizes` has them.
+    size, shift = int(sample_rate * frame_length * 0.001), int(sample_rate * frame_shift * 0.001)
+    return waveform.new_empty(len(waveform), (waveform.shape[1] - size) // shift + 1, mel_bins)
 
 
 @_fake("window_attention")
