@@ -190,10 +190,8 @@ class AnyLength(nn.Module):
         c = model.config
         if c.pad == "exclude":
             return pad_sequence(list(rows), batch_first=True)
-        # The published padding is 0 before normalising.
-        zero = 0.0 if c.frontend.mean is None else -c.frontend.mean / (2 * c.frontend.std)
         frames = max(c.frontend.frames, *(len(row) for row in rows))
-        batch = rows[0].new_full((len(rows), frames, c.mel_bins), zero)
+        batch = rows[0].new_full((len(rows), frames, c.mel_bins), c.frontend.padding)
         for filled, row in zip(batch, rows, strict=True):
             filled[: len(row)] = row
         return batch

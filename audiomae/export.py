@@ -1,9 +1,9 @@
 """Encoders and classifiers for other runtimes: `torch.export` (.pt2) and ONNX (.onnx).
 
-What is exported takes normalised spectrograms, as the model does: the front end stays in front of it. Batch and length
-are free, the length from one patch (two of a model of frames) to
-the end of the model's positions. A longer clip is cut into chunks by the caller, or the
-positions are interpolated before the export.
+What is exported takes the normalised spectrogram of a clip, as long as the clip is: the front end stays in front of it.
+Batch and length are free, from one frame (of a model of frames: from two patches) to the end of the model's positions;
+what a clip lacks is filled up in the graph. A longer clip is cut into chunks by the caller, or the positions are
+interpolated before the export.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ CONFIG = "config.json"  # the name under which a file carries the model's config
 class Exportable(nn.Module):
     """Encoder or classifier in plain PyTorch: custom ops do not exist in other runtimes.
 
-    A copy with `impl="reference"`, attention by SDPA, patches read by their indices, and without dropout.
+    A copy with `impl="reference"`, attention by SDPA, patches read by their indices, and without dropout. It fills a
+    clip up as `Embedder` and `Tagger` do by default: an encoder, or a classifier with pad="exclude", with zeros to
+    whole patches; a classifier with pad="attend" to the front end's length, all of which is attended, as published.
 
     Args:
         model: a pre-trained model, whose encoder is taken, or a classifier.
@@ -40,34 +42,53 @@ class Exportable(nn.Module):
 
     def __init__(self, model: SpectrogramModel):
         super().__init__()
-        self.config = replace(
-            model.config, impl="reference", attention="sdpa", recompute="none", pad="attend"
-        )
+        classifies = isinstance(model, Classifier)
+        pad = model.config.pad if classifies and model.config.frontend.frames else "exclude"
+        self.config = replace(model.config, impl="reference", attention="sdpa", recompute="none", pad=pad)
         copy = build(self.config)
         copy.load_state_dict(model.state_dict())
         copy.float().eval().requires_grad_(False)
         self.spectrogram_norm, self.encoder = copy.spectrogram_norm, copy.encoder
         # Positions that are a formula's are in no state dict.
         self.encoder.positions.load_state_dict(model.encoder.positions.state_dict())
-        classifies = isinstance(model, Classifier)
         self.head = nn.Sequential(copy.fc_norm, copy.head) if classifies else None
 
     def forward(self, spectrogram: Tensor) -> Tensor:
         """(B, T, F) float32 -> (B, P + L, D) after the final norm, prefix tokens first; or (B, classes) logits."""
         c, encoder = self.config, self.encoder
         (steps, bands), table = c.grid(), encoder.positions.table[0, c.prefix_tokens :]
-        count = (spectrogram.shape[1] - c.patch[0]) // c.step[0] + 1
+        filled, count = self._filled(spectrogram)
         ids = torch.arange(count * bands, device=spectrogram.device)
         # By index, since a free number of steps cannot be merged with the bands by a view.
         frames, bins = (torch.arange(size, device=ids.device) for size in c.patch)
         frames = (ids // bands * c.step[0])[:, None, None] + frames[:, None]
         bins = (ids % bands * c.step[1])[:, None, None] + bins
-        patches = self.spectrogram_norm(spectrogram)[:, frames, bins].flatten(2)  # (B, L, V)
+        patches = filled[:, frames, bins].flatten(2)  # (B, L, V)
         if c.positions == "learned":  # SSAST cuts from the middle
             ids = ids + (steps - count) // 2 * bands
         x = encoder.patch_embed(patches) + F.embedding(ids, table)
         tokens = encoder.transform(x, c.grid())
         return tokens if self.head is None else self.head(tokens[:, c.prefix_tokens :].mean(dim=1))
+
+    def _filled(self, spectrogram: Tensor) -> tuple[Tensor, int]:
+        """(B, T + a fixed number, F) normalised as the model does it, and how many time steps of it are read."""
+        c, frames = self.config, spectrogram.shape[1]
+        least, step = c.patch[0], c.step[0]
+        if c.pad == "attend":
+            extra, value = c.frontend.frames, c.frontend.padding
+            count = (torch.sym_max(frames, extra) - least) // step + 1
+        else:
+            extra, value, reach = least, 0.0, (c.grid()[0] - 1) * step + least
+            if (rest := c.frames - reach) > 0:
+                # Patches that overlap do not reach the end of a clip of full length, as published. A longer clip
+                # still asks for positions that there are not, and fails.
+                frames = torch.sym_max(torch.sym_min(frames, reach), frames - rest)
+            count = (torch.sym_max(frames, least) - least + step - 1) // step + 1
+        # More than enough: a fixed number needs no arithmetic on shapes that a runtime may not have.
+        filled = F.pad(spectrogram, (0, 0, 0, extra), value=value)
+        if c.input_norm != "none":
+            filled = self.spectrogram_norm(filled, spectrogram)
+        return filled, count
 
 
 def export(model: SpectrogramModel, path: str | Path, frames: int | None = None) -> Path:
@@ -81,7 +102,7 @@ def export(model: SpectrogramModel, path: str | Path, frames: int | None = None)
     among it, goes along: in ONNX's metadata under "audiomae", in a .pt2 file as the extra file config.json.
 
     Raises:
-        ValueError: another suffix, or fewer frames than the model has.
+        ValueError: another suffix, fewer frames than the model has, or a front end that fills up to more.
         ImportError: onnx or onnxscript is missing.
     """
     path = Path(path)
@@ -98,8 +119,13 @@ def export(model: SpectrogramModel, path: str | Path, frames: int | None = None)
         raise ValueError(
             f"a model of {c.frames} frames has too few patches to be exported for clips of any length"
         )
+    if c.pad == "attend" and c.frontend.frames > c.frames:
+        raise ValueError(
+            f"the front end fills clips up to {c.frontend.frames} frames, but the model's positions reach {c.frames}: "
+            "change frames of one of them"
+        )
     # A free size cannot be 1: a model of one band, as MAE-AST's of frames, begins with two tokens.
-    least = c.patch[0] if c.grid()[1] > 1 else c.patch[0] + c.step[0]
+    least = 1 if c.grid()[1] > 1 else c.patch[0] + 1
     dynamic = {
         "spectrogram": {
             0: torch.export.Dim("batch", min=1),
@@ -140,7 +166,8 @@ def add_command(commands: Any) -> None:
         "export",
         help="an encoder or a classifier for ONNX or torch.export",
         description="Writes a pre-trained model's encoder, or a classifier, as ONNX (--out name.onnx) or as a program "
-        "of torch.export (--out name.pt2). It takes normalised spectrograms of any batch size and length.",
+        "of torch.export (--out name.pt2). It takes normalised spectrograms of any batch size and length, and fills "
+        "them up as embed and tag do.",
     )
     parser.add_argument("--model", required=True, help="a folder, a published checkpoint or a hub id")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="name.onnx or name.pt2")

@@ -97,6 +97,11 @@ class Frontend:
             )
         return cls(**settings)
 
+    @property
+    def padding(self) -> float:
+        """The normalised value that a clip is filled up with to `frames`."""
+        return 0.0 if self.mean is None else -self.mean / (2 * self.std)
+
     def num_frames(self, samples: int | Tensor) -> int | Tensor:
         """Number of frames that hold audio, of a clip of `samples` samples: never more than `frames`.
 

@@ -1,4 +1,4 @@
-"""Exported encoders and classifiers give what PyTorch gives, on clips of every length."""
+"""Exported encoders and classifiers give what `Embedder` and `Tagger` give, on clips of every length."""
 
 import json
 
@@ -12,6 +12,7 @@ import audiomae
 from audiomae import config as configs
 from audiomae.embedding import stretched
 from audiomae.export import Exportable, export
+from audiomae.pretrained import reconfigured
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.no_poison]
 
@@ -22,12 +23,15 @@ CASES = {
     "mae_ast_frame": ("mae_ast_frame_base", {"decoder": "none"}),
     "ssast_patch": ("ssast_patch_tiny", {}),
     "overlap": ("audiomae_small", {"decoder": "none", "stride": (10, 10)}),
+    "overlap260": ("audiomae_small", {"decoder": "none", "stride": (10, 10), "frames": 260}),
 }
 
 
 def build(case):
-    if case == "classifier":
-        model = audiomae.create_classifier("audiomae_small", 5, **SMALL)
+    if case.startswith("classifier"):
+        model = audiomae.create_classifier(
+            "audiomae_small", 5, **SMALL, pad=case.partition("_")[2] or "attend"
+        )
         torch.nn.init.normal_(model.head.weight)
         model.config.frontend = audiomae.Frontend.named("esc50", frames=256, labels=tuple("abcde"))
         return model.eval()
@@ -39,9 +43,14 @@ def build(case):
     return model
 
 
+@torch.no_grad()
 def reference(model, x):
-    with torch.no_grad():
-        return model(x).logits if isinstance(model, audiomae.Classifier) else model.encode(x)
+    """As `embed` and `tag` read clips of this length."""
+    if not isinstance(model, audiomae.Classifier):
+        return reconfigured(model, pad="exclude").encode(x, lengths=[x.shape[1]] * len(x))
+    tagger = audiomae.Tagger(model)
+    filled = tagger._filled(list(x), tagger.model)
+    return tagger.model(filled, lengths=[x.shape[1]] * len(x)).logits
 
 
 def runner(path):
@@ -60,40 +69,43 @@ def compare(model, run, lengths, atol=1e-4):
             torch.testing.assert_close(run(x), reference(model, x), rtol=0, atol=atol)
 
 
+def lengths(case):
+    """A frame and a bit more, whole patches and partial ones, all positions."""
+    return (3, 4, 5, 99, 255, 256) if case == "mae_ast_frame" else (1, 15, 16, 17, 100, 240, 241, 255, 256)
+
+
 @pytest.mark.parametrize(
     "case, suffix",
     [("audiomae", ".onnx"), ("classifier", ".onnx"), ("audiomae", ".pt2"), ("classifier", ".pt2")]
     + [
         pytest.param(case, s, marks=pytest.mark.slow)
-        for case in CASES
+        for case in [*CASES, "classifier_exclude"]
         if case != "audiomae"
         for s in (".onnx", ".pt2")
     ],
 )
 def test_short_exact_and_long_clips(case, suffix, tmp_path):
-    """One patch, a bit more, all positions; a longer clip in chunks, as `Embedder` cuts and joins it."""
+    """A longer one in chunks, as `Embedder` cuts and joins it, the last of them partial."""
     model = build(case)
     path = export(model, tmp_path / f"model{suffix}")
     assert carried(path).frontend == model.config.frontend
     run = runner(path)
-    least = 4 if case == "mae_ast_frame" else 16
-    compare(model, run, (least, least + 1, 100, 255, 256))
+    compare(model, run, (*lengths(case), model.config.frames))
     with pytest.raises(Exception):  # noqa: B017 - onnxruntime's and torch's own
-        run(torch.randn(1, 256 + 32, 128))
-    spectrogram = torch.randn(600, 128)
-    if case == "classifier":
+        run(torch.randn(1, model.config.frames + 32, 128))
+    spectrogram = torch.randn(603, 128)
+    if case.startswith("classifier"):
         long = audiomae.Tagger(model)
         chunked = audiomae.Tagger(model)
+        chunked._filled = lambda rows, model: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        chunked.batch_size = 1
         chunked.model.forward = lambda x, lengths: audiomae.Output(logits=run(x))
         torch.testing.assert_close(chunked.tag([spectrogram]), long.tag([spectrogram]), rtol=0, atol=1e-4)
     else:
         long = audiomae.Embedder(model, level="frame")
         chunked = audiomae.Embedder(model, level="frame")
-        filled = 600 - 600 % model.config.step[0]  # the last chunk is whole
         chunked.model.encode = lambda x, lengths: run(x)
-        for one, other in zip(
-            chunked.embed([spectrogram[:filled]]), long.embed([spectrogram[:filled]]), strict=True
-        ):
+        for one, other in zip(chunked.embed([spectrogram]), long.embed([spectrogram]), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
@@ -101,21 +113,28 @@ def test_interpolated_positions_reach_longer_clips(tmp_path):
     model = build("audiomae")
     run = runner(export(model, tmp_path / "model.pt2", frames=600))
     longer = stretched(model, 600)
-    compare(longer, run, (16, 256, 600))
+    compare(longer, run, (16, 250, 600))
     x = torch.randn(1, 600, 128)
-    expected = audiomae.Embedder(model, level="frame", long="interpolate").embed([x[0, :592]])[0]
-    actual = run(x[:, :592])[0, 1:]
-    # The Embedder's positions end with the clip; the exported ones reach 600 frames.
-    assert actual.unflatten(0, (-1, 8)).mean(1).shape == expected.shape
+    expected = audiomae.Embedder(longer, level="frame").embed([x[0]])[0]
+    actual = run(x)[0, 1:].unflatten(0, (-1, 8)).mean(dim=1)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", [*CASES, "classifier"])
+@pytest.mark.parametrize("case", [*CASES, "classifier", "classifier_exclude"])
 def test_the_exportable_model_is_the_model(case):
     """Before any export, and without changing the model given."""
     model = build(case).train()
     module = Exportable(model)
     assert model.training and model.config.impl is None
-    compare(model.eval(), module, (16, 100, 256), atol=1e-5)
+    compare(model.eval(), module, lengths(case), atol=1e-5)
+
+
+def test_a_front_end_longer_than_the_positions(tmp_path):
+    model = build("classifier")
+    model.config.frontend = audiomae.Frontend.named("esc50")
+    with pytest.raises(ValueError, match="fills clips up to 512 frames, but the model's positions reach 256"):
+        export(model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def carried(path):

@@ -4,7 +4,7 @@ from audiomae.data.audio import AudioError, decode, load_audio, load_batch, load
 from audiomae.data.augment import Augment, smooth, spec_augment, spectrogram_noise
 from audiomae.data.dataset import Batch, ClipDataset, FailureLog, Sample, collate, make_loader
 from audiomae.data.pack import prepare
-from audiomae.data.sampler import BalancedSampler, ClipSampler
+from audiomae.data.sampler import BalancedSampler, ClipSampler, RepeatingSampler
 from audiomae.data.sources import Clip, Source, open_source
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "ClipDataset",
     "ClipSampler",
     "FailureLog",
+    "RepeatingSampler",
     "Sample",
     "Source",
     "collate",

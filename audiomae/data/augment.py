@@ -80,15 +80,18 @@ class Augment:
         return mixed, share
 
 
-def spectrogram_noise(spectrogram: Tensor, seeds: Tensor) -> Tensor:
-    """Noise and shift that Audio-MAE and SSAST fine-tune with ("noise", for speech commands and speakers).
+def spectrogram_noise(spectrogram: Tensor, seeds: Tensor, snr: float | None = None) -> Tensor:
+    """Noise that Audio-MAE and SSAST fine-tune with, for speech commands and speakers.
 
-    Adds evenly drawn values from [0, 1) times an evenly drawn level from [0, 0.1), one per clip, then rolls the
-    clip in time by -10 to 9 frames.
+    With `snr`, what Audio-MAE's paper says (Huang et al. 2022, Table 3: "random noise (signal-to-noise ratio (SNR):
+    20dB) to spectrograms"), and no more is stated: white Gaussian noise, its power that much below the clip's mean
+    square. Without, what the released code of both does: evenly drawn values from [0, 1) times an evenly drawn level
+    from [0, 0.1), one per clip, and then a roll of the clip in time by -10 to 9 frames.
 
     Args:
         spectrogram: (B, T, F), normalised, on any device; the noise is made there.
         seeds: (B,) int64 on the CPU, :attr:`Batch.seeds`.
+        snr: decibels.
 
     Returns:
         (B, T, F), the dtype of `spectrogram`.
@@ -97,6 +100,11 @@ def spectrogram_noise(spectrogram: Tensor, seeds: Tensor) -> Tensor:
     generator = torch.Generator(spectrogram.device)
     noisy = []
     for clip, seed in zip(spectrogram, seeds.tolist(), strict=True):
+        if snr is not None:
+            noise = torch.randn(clip.shape, generator=generator.manual_seed(seed), device=clip.device)
+            scale = clip.float().square().mean().sqrt() * 10 ** (-snr / 20)
+            noisy.append(clip + (noise * scale).to(clip.dtype))
+            continue
         random = np.random.default_rng((seed, 1))
         level, shift = random.random() / 10, int(random.integers(-10, 10))
         noise = torch.rand(clip.shape, generator=generator.manual_seed(seed), device=clip.device)

@@ -1,6 +1,8 @@
 """Which clips an epoch has, in which order, on which rank."""
 
 import hashlib
+import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +11,9 @@ from torch.utils.data import Sampler
 
 from audiomae.data.sources import Source
 
-__all__ = ["BalancedSampler", "ClipSampler"]
+__all__ = ["BalancedSampler", "ClipSampler", "RepeatingSampler"]
+
+_log = logging.getLogger("audiomae.data")
 
 
 class ClipSampler(Sampler[list[tuple[int, int]]]):
@@ -75,6 +79,8 @@ class ClipSampler(Sampler[list[tuple[int, int]]]):
         self._counts = [
             max(1, round(size * weight)) for size, weight in zip(self.sizes, weights, strict=True)
         ]
+        ends = np.cumsum([0, *self.sizes])
+        self._members = [np.arange(*pair) for pair in itertools.pairwise(ends)]
         self._divide(sum(self._counts))
 
     def _divide(self, clips: int) -> None:
@@ -150,8 +156,9 @@ class ClipSampler(Sampler[list[tuple[int, int]]]):
         Each source is an endless row of passes over it, and an epoch the next `count` clips of that row. The
         first half of a key is the number of the pass, so that no key ever comes twice.
         """
-        parts, offset = [], 0
-        for number, (size, count) in enumerate(zip(self.sizes, self._counts, strict=True)):
+        parts = []
+        for number, (members, count) in enumerate(zip(self._members, self._counts, strict=True)):
+            size = len(members)
             places = np.arange(epoch * count, (epoch + 1) * count)
             turns = places // size
             indices = places % size
@@ -159,8 +166,7 @@ class ClipSampler(Sampler[list[tuple[int, int]]]):
                 for turn in np.unique(turns):
                     order = np.random.default_rng((self.seed, 1, number, turn)).permutation(size)
                     indices[turns == turn] = order[indices[turns == turn]]
-            parts.append(np.stack((turns, offset + indices), axis=1))
-            offset += size
+            parts.append(np.stack((turns, members[indices]), axis=1))
         keys = np.concatenate(parts)
         if self.shuffle:
             np.random.default_rng((self.seed, 2, epoch)).shuffle(keys)
@@ -217,6 +223,10 @@ class BalancedSampler(ClipSampler):
             )
         if not drawable:
             raise ValueError("balanced sampling needs labels, and no clip has any")
+        if drawable < total:
+            _log.warning(
+                "%d of %d clips have no label: balanced sampling never draws them", total - drawable, total
+            )
         self._divide(self.clips)
 
     def state_dict(self) -> dict[str, Any]:
@@ -237,3 +247,53 @@ class BalancedSampler(ClipSampler):
         # No two draws have the same key, or they would have the same crop.
         turns = np.arange(epoch * self.clips, (epoch + 1) * self.clips)
         return np.stack((turns, drawn), axis=1)
+
+
+class RepeatingSampler(ClipSampler):
+    """Small classes again and again, until each has `share` of the largest one's clips in an epoch.
+
+    Huang et al. 2022, Table 3: "We repeat and balance each class to 50% of the size of the unknown class". An epoch
+    goes over a class whole as often as it can, and then over a part of it, which is another one in the next epoch.
+    What is repeated comes in crops and augmentations of its own.
+
+    Args:
+        sources: labelled ones, one label a clip.
+        share: of the largest class's clips that each other class has in an epoch, in (0, 1]; a class that has more
+            already is left as it is.
+        batch_size, seed, rank, world_size, drop_last: as for :class:`ClipSampler`.
+
+    Raises:
+        ValueError: a clip has no label or several, or the share is out of range.
+    """
+
+    def __init__(self, sources: Sequence[Source], *, share: float, **options: Any):
+        super().__init__(sources, **options)
+        if not 0 < share <= 1:
+            raise ValueError(f"share is {share}, but a share in (0, 1] of the largest class was expected")
+        classes = max(len(source.label_names) for source in sources)
+        labels = np.concatenate([source.label_sums(np.arange(classes)) for source in sources])
+        counts = np.concatenate([source.label_sums(np.ones(classes)) for source in sources])
+        if len(odd := np.flatnonzero(counts != 1)):
+            raise ValueError(
+                f"classes are repeated where each clip has one label, and {len(odd)} of {len(counts)} clips have none "
+                "or several"
+            )
+        of_class = [members for c in range(classes) if len(members := np.flatnonzero(labels == c))]
+        least = round(share * max(map(len, of_class)))
+        self._members, self._counts = [], []
+        for members in of_class:
+            rest = max(least, len(members)) % len(members)
+            for count in (max(least, len(members)) - rest, rest):
+                self._members.append(members)
+                self._counts.append(count)
+        self.share, self._classes = share, [len(members) for members in of_class]
+        self._divide(sum(self._counts))
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"share": self.share, "classes": self._classes}
+
+    def _order(self, epoch: int) -> np.ndarray:
+        keys = super()._order(epoch)
+        # No two repetitions have the same key, or they would have the same crop.
+        keys[:, 0] = np.arange(epoch * len(keys), (epoch + 1) * len(keys))
+        return keys

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from ..config import list_models
 from ..data import Augment
 from ..train.config import RunConfig, check_least, option
 from .tasks import TASKS
@@ -44,10 +45,14 @@ class TuneConfig(RunConfig):
         mask_time: share of time steps that is masked in training
         mask_freq: share of frequency bands
         spec_augment: widest bands of time (frames) and frequency (bins) that are blanked out in training
-        spectrogram_noise: add noise to spectrograms and shift them in time, as published for speech
+        spectrogram_noise: added to spectrograms in training: white noise at a signal-to-noise ratio in decibels, 20 in
+            Audio-MAE's paper; or released, evenly drawn noise and a shift in time, as in the released code of Audio-MAE
+            and SSAST; null for none
         label_smoothing: share of the labels that is spread over all classes
         ema: decay of an exponential moving average of the weights, which is then what is validated and kept
         average_from: or from the end of this epoch on, the mean of the weights at the ends of epochs
+        repeat_classes: go over the clips of each class but the largest again until an epoch has this share of the
+            largest one's
         balanced: draw clips by the rarity of their labels
         replacement: when drawing so, one clip several times in an epoch, perhaps
         epoch_clips: clips drawn per epoch; default: as many as there are
@@ -75,10 +80,11 @@ class TuneConfig(RunConfig):
     mask_time: float = 0.0
     mask_freq: float = 0.0
     spec_augment: tuple[int, int] = (0, 0)
-    spectrogram_noise: bool = False
+    spectrogram_noise: float | Literal["released"] | None = None
     label_smoothing: float = 0.0
     ema: float | None = None
     average_from: int | None = None
+    repeat_classes: float | None = None
     balanced: bool = False
     replacement: bool = False
     epoch_clips: int | None = None
@@ -94,6 +100,8 @@ class TuneConfig(RunConfig):
             raise ValueError(
                 "there is nothing to fine-tune: give --pretrained weights, or --model for random ones"
             )
+        if self.pretrained in list_models():
+            raise ValueError(f"--pretrained {self.pretrained} names an untrained model: give it as --model")
         if bool(task.folds) != (self.fold is not None):
             raise ValueError(
                 f"{task.title} has folds 1 to {task.folds}: give --fold with one of them, or --fold all"
@@ -124,6 +132,18 @@ class TuneConfig(RunConfig):
             raise ValueError("--ema and --average-from average the weights in two ways: give one of them")
         if self.fsdp and (self.ema is not None or self.average_from is not None):
             raise ValueError("averages of the weights are not kept under --fsdp: leave one of the two out")
+        noise = self.spectrogram_noise
+        number = isinstance(noise, (int, float)) and not isinstance(noise, bool) and math.isfinite(noise)
+        if not (number or noise in (None, "released")):
+            raise ValueError(
+                f"--spectrogram-noise is {noise!r}, but a ratio in decibels, released or null was expected"
+            )
+        if self.repeat_classes is not None and not 0 < self.repeat_classes <= 1:
+            raise ValueError(
+                f"--repeat-classes is {self.repeat_classes}, but a share in (0, 1] of the largest class was expected"
+            )
+        if self.repeat_classes is not None and self.balanced:
+            raise ValueError("--repeat-classes and --balanced balance classes in two ways: give one of them")
         if (self.replacement or self.epoch_clips is not None) and not self.balanced:
             raise ValueError("--replacement and --epoch-clips say how --balanced draws clips: add it")
 
@@ -182,6 +202,8 @@ class EvaluateConfig:
     def from_dict(cls, values: dict[str, Any]) -> EvaluateConfig:
         return cls(**values)
 
+    to_dict = RunConfig.to_dict
+
     def check(self) -> None:
         """Raises ValueError for what cannot be evaluated."""
         if not self.model:
@@ -192,10 +214,11 @@ class EvaluateConfig:
         check_least("workers", self.workers, 0)
 
 
-#: Audio-MAE, Table 3 of the paper. Batches are those of all processes together.
+#: Audio-MAE, Table 3 and section 4.2 of the paper; the decay by layer and fp16, which it does not state, are the
+#: released code's. Batches are those of all processes together.
 _AUDIOMAE: dict[str, Any] = {
     "optimizer": "adamw",
-    "betas": (0.9, 0.999),
+    "betas": (0.9, 0.95),
     "weight_decay": 1e-4,
     "base_lr": 1e-3,
     "min_lr": 1e-6,
@@ -204,13 +227,15 @@ _AUDIOMAE: dict[str, Any] = {
     "warmup_epochs": 4.0,
     "layer_decay": 0.75,
     "drop_path": 0.1,
+    "mask_time": 0.3,
+    "mask_freq": 0.3,
     "precision": "fp16",
-    "augment": Augment(gain=6.0, roll=True),
+    "augment": Augment(roll=True),
 }
-_MIXED = Augment(gain=6.0, roll=True, mixup=0.5)
-_RELEASED = {"mask_time": 0.2, "mask_freq": 0.2, "augment": Augment(upstream_roll_mag=True, mixup=0.5)}
+_MIXED = Augment(roll=True, mixup=0.5)
 
-#: SSAST's released scripts.
+#: SSAST's released scripts. Betas, weight decay and the length of the warm-up are those of its pre-training: nothing
+#: else is stated.
 _SSAST: dict[str, Any] = {
     "optimizer": "adam",
     "betas": (0.95, 0.999),
@@ -227,18 +252,18 @@ _SSAST_TASKS: dict[str, dict[str, Any]] = {
     },
     "esc50": {
         **_SSAST, "task": "esc50", "lr": 1e-4, "epochs": 50.0, "batch_size": 48, "step_decay": (0.85, 6.0, 1.0),
-        "warmup_steps": 0, "loss": "ce", "spec_augment": (96, 24), "spectrogram_noise": True,
+        "warmup_steps": 0, "loss": "ce", "spec_augment": (96, 24), "spectrogram_noise": "released",
     },
     "spc2": {
         **_SSAST, "task": "spc2", "lr": 2.5e-4, "epochs": 30.0, "batch_size": 128, "step_decay": (0.85, 6.0, 1.0),
-        "loss": "bce", "spec_augment": (48, 48), "spectrogram_noise": True, "augment": Augment(mixup=0.6),
+        "loss": "bce", "spec_augment": (48, 48), "spectrogram_noise": "released", "augment": Augment(mixup=0.6),
     },
 }  # fmt: skip
 
 #: SSAST's patches overlap in fine-tuning.
 _OVERLAP = {"model_overrides": {"stride": [10, 10]}}
 
-#: MAE-AST in SUPERB, through s3prl.
+#: MAE-AST in SUPERB, through s3prl. Stated are Adam, rates, batches and steps.
 _SUPERB: dict[str, Any] = {
     "optimizer": "adam",
     "betas": (0.9, 0.999),
@@ -254,28 +279,27 @@ _SUPERB: dict[str, Any] = {
 #: is its own.
 RECIPES: dict[str, dict[str, Any]] = {
     "audiomae.as20k": {
-        **_AUDIOMAE, "task": "as20k", "batch_size": 32, "loss": "bce", "mask_time": 0.3, "mask_freq": 0.3,
-        "spec_augment": (192, 48), "augment": _MIXED,
+        **_AUDIOMAE, "task": "as20k", "batch_size": 32, "loss": "bce", "spec_augment": (192, 48), "augment": _MIXED,
     },
     "audiomae.as2m": {
         **_AUDIOMAE, "task": "as2m", "batch_size": 8, "accumulate": 64, "base_lr": 2e-4, "epochs": 100.0,
-        "warmup_epochs": 20.0, "loss": "bce", "mask_time": 0.3, "mask_freq": 0.3, "spec_augment": (192, 48),
-        "augment": _MIXED, "balanced": True, "epoch_clips": 200_000,
+        "warmup_epochs": 20.0, "loss": "bce", "spec_augment": (192, 48), "augment": _MIXED, "balanced": True,
+        "epoch_clips": 200_000,
     },
     "audiomae.esc50": {
         **_AUDIOMAE, "task": "esc50", "batch_size": 64, "loss": "ce", "spec_augment": (96, 24),
     },
     "audiomae.spc2": {
         **_AUDIOMAE, "task": "spc2", "batch_size": 256, "loss": "bce", "spec_augment": (48, 48), "augment": _MIXED,
-        "spectrogram_noise": True,
+        "spectrogram_noise": 20.0,
     },
     "audiomae.spc1": {
         **_AUDIOMAE, "task": "spc1", "batch_size": 256, "epochs": 10.0, "warmup_epochs": 1.0, "loss": "bce",
-        "spec_augment": (48, 48), "augment": _MIXED, "spectrogram_noise": True, "balanced": True, "replacement": True,
+        "spec_augment": (48, 48), "augment": _MIXED, "spectrogram_noise": 20.0, "repeat_classes": 0.5,
     },
     "audiomae.voxceleb1": {
         **_AUDIOMAE, "task": "voxceleb1", "batch_size": 64, "loss": "ce", "spec_augment": (192, 48),
-        "spectrogram_noise": True,
+        "spectrogram_noise": 20.0,
     },
     "mae_ast.spc1": {
         **_SUPERB, "task": "spc1", "lr": 1e-5, "batch_size": 512, "steps": 10_000, "balanced": True,
@@ -291,10 +315,27 @@ RECIPES: dict[str, dict[str, Any]] = {
     **{f"mae_ast.{name}": settings for name, settings in _SSAST_TASKS.items()},
     **{f"ssast.{name}": {**settings, **_OVERLAP} for name, settings in _SSAST_TASKS.items()},
 }  # fmt: skip
-RECIPES["audiomae.as20k_released"] = {**RECIPES["audiomae.as20k"], **_RELEASED, "weight_decay": 5e-4}
-RECIPES["audiomae.as2m_released"] = {
-    **RECIPES["audiomae.as2m"], **_RELEASED, "weight_decay": 5e-4, "accumulate": 32, "warmup_epochs": 10.0,
-    "replacement": True,
-}  # fmt: skip
+
+
+def _released(task: str, **settings: Any) -> dict[str, Any]:
+    """The paper's recipe with what Audio-MAE's released code has in place of it."""
+    paper = RECIPES[f"audiomae.{task}"]
+    augment = Augment(upstream_roll_mag=True, mixup=paper["augment"].mixup)
+    return {**paper, "betas": (0.9, 0.999), "augment": augment, **settings}
+
+
+_SCRIPT = {"weight_decay": 5e-4, "mask_time": 0.2, "mask_freq": 0.2}
+_NO_MASKS = {"mask_time": 0.0, "mask_freq": 0.0}  # its grids for clips that are not 10 s long are comments
+_NOISE = {**_NO_MASKS, "spectrogram_noise": "released"}
+RECIPES |= {
+    "audiomae.as20k_released": _released("as20k", **_SCRIPT),
+    "audiomae.as2m_released": _released(
+        "as2m", **_SCRIPT, accumulate=32, warmup_epochs=10.0, replacement=True
+    ),
+    "audiomae.esc50_released": _released("esc50", **_NO_MASKS),
+    "audiomae.spc2_released": _released("spc2", **_NOISE),
+    "audiomae.spc1_released": _released("spc1", **_NOISE),
+    "audiomae.voxceleb1_released": _released("voxceleb1", **_NOISE),
+}
 
 TuneConfig.recipes = RECIPES

@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
+from typing import TypeVar
 
 import numpy as np
 
@@ -36,12 +36,14 @@ class Splits:
         val: to choose the best checkpoint by; None where the data set has no such split.
         test: what results are reported on; None where there is none (one's own data).
         multi_label: a clip may have any number of labels, not just one.
+        drawn: which clip is in which split was drawn here, and is another one when clips are added.
     """
 
     train: Source
     val: Source | None
     test: Source | None
     multi_label: bool
+    drawn: bool = False
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -72,15 +74,38 @@ def _root(folder: Path, title: str, layout: str, inside: Sequence[str], needs: S
     return places[best]
 
 
-def _check_files(root: Path, title: str, listed_in: str, paths: Iterable[str]) -> None:
-    """Refuses a folder that was unpacked half."""
-    paths = list(paths)
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
+#: Share of the listed recordings that may be missing: so many are left out with a warning, more are half an archive.
+_FEW = 0.01
+
+Item = TypeVar("Item", bound=tuple)
+
+
+def _present(root: Path, title: str, listed_in: str, items: Iterable[Item]) -> list[Item]:
+    """Of tuples that begin with a path those whose file is there; refuses a folder that was unpacked half."""
+    items = list(items)
+    missing = [item[0] for item in items if not os.path.isfile(item[0])]
+    if not missing:
+        return items
+    text = (
+        f"{root}: {len(missing):,} of {len(items):,} recordings that {listed_in} lists are missing, the first "
+        f"{'is' if len(missing) == 1 else 'are'} {', '.join(missing[:3])}"
+    )
+    if len(missing) > _FEW * len(items):
         raise AudioError(
-            f"{root}: {len(missing)} of {len(paths)} recordings that {listed_in} lists are missing, the first is "
-            f"{missing[0]}. {title} was not unpacked to its end, or not where its list is: unpack the archive again"
+            f"{text}. {title} was not unpacked to its end, or not where its list is: unpack the archive again"
         )
+    _log.warning("%s: they are left out, and results are not quite those of all of %s", text, title)
+    gone = set(missing)
+    return [item for item in items if item[0] not in gone]
+
+
+def _expect(root: Path, title: str, counts: Mapping[str, tuple[int, int]]) -> None:
+    """Warns where a split has fewer recordings than published: (found, published) by its name."""
+    fewer = [f"{found:,} of {all_:,} for {name}" for name, (found, all_) in counts.items() if found < all_]
+    if fewer:
+        _log.warning(
+            "%s: holds fewer recordings than %s has: %s; was it unpacked to its end?", root, title, ", ".join(fewer)
+        )  # fmt: skip
 
 
 def _torchaudio_datasets(title: str) -> ModuleType:
@@ -169,13 +194,15 @@ def _by_youtube_id(folder: Path) -> dict[str, str]:
 
 
 def _segments(path: Path, mids: Mapping[str, int], files: Mapping[str, str]) -> Iterable[Clip]:
-    listed = there = 0
+    listed = there = declared = 0
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise AudioError(f"{path}: cannot be read: {error}") from error
     for number, row in enumerate(csv.reader(lines, skipinitialspace=True), start=1):
         if not row or row[0].startswith("#"):
+            if match := re.search(r"num_segs=(\d+)", ",".join(row)):
+                declared = int(match[1])
             continue
         if len(row) != 4:
             raise AudioError(
@@ -185,16 +212,31 @@ def _segments(path: Path, mids: Mapping[str, int], files: Mapping[str, str]) -> 
         if file := files.get(row[0]):
             there += 1
             yield Clip(file, label_indices(mids, row[3], f"{path}, line {number}"))
-    if there < listed:
+    if listed < declared:
         _log.warning(
-            "%s: recordings of %d of %d segments are here; the others are left out", path, there, listed
+            "%s: lists %d segments, and its first lines say %d: it was cut off", path, listed, declared
         )
+    if there < listed:
+        share = 100 * there / listed
+        _log.warning(
+            "%s: recordings of %d of %d segments (%.1f %%) are here; the others are left out",
+            path, there, listed, share,
+        )  # fmt: skip
 
 
 def _audioset_manifests(data: Sequence[str], val_data: Sequence[str]) -> Splits:
     if not val_data:
         raise AudioError(f"there is nothing to evaluate on: give --val-data. AudioSet is {AUDIOSET}")
+    _check_apart(data, val_data)
     return Splits(_joined(data), None, _joined(val_data), True)
+
+
+def _check_apart(data: Sequence[str], val_data: Sequence[str]) -> None:
+    if both := {os.path.abspath(spec) for spec in data} & {os.path.abspath(spec) for spec in val_data}:
+        raise AudioError(
+            f"{min(both)} is both --data and --val-data: what is trained on says nothing when it is evaluated on. Name "
+            "other recordings with --val-data"
+        )
 
 
 def _joined(specs: Sequence[str]) -> Source:
@@ -235,11 +277,12 @@ def esc50(data: Sequence[str], val_data: Sequence[str], fold: int | None) -> Spl
     if sorted(names) != list(range(len(names))):
         raise AudioError(f"{root / 'meta/esc50.csv'}: the targets are not 0 to {len(names) - 1}")
     paths = [str(root / "audio" / row["filename"]) for row in rows]
-    _check_files(root, "ESC-50", "meta/esc50.csv", paths)
     labels = [names[i] for i in sorted(names)]
-    items = list(zip(folds, paths, (row["category"] for row in rows), strict=True))
-    train = [(path, label) for number, path, label in items if number != fold]
-    test = [(path, label) for number, path, label in items if number == fold]
+    items = list(zip(paths, (row["category"] for row in rows), folds, strict=True))
+    items = _present(root, "ESC-50", "meta/esc50.csv", items)
+    _expect(root, "ESC-50", {"five folds": (len(items), 2_000)})
+    train = [(path, label) for path, label, number in items if number != fold]
+    test = [(path, label) for path, label, number in items if number == fold]
     if not test or not train:
         raise AudioError(f"{root / 'meta/esc50.csv'}: no recording is in fold {fold}, or all are")
     return Splits(
@@ -267,7 +310,7 @@ SPEECH_COMMANDS_V1 = (
 )
 
 
-def _speech_commands(root: Path, split: str) -> list[tuple[str, str]]:
+def _speech_commands(root: Path, title: str, split: str) -> list[tuple[str, str]]:
     """(path, word) of a split, as torchaudio reads the lists."""
     datasets = _torchaudio_datasets("Speech Commands")
     root = root.resolve()
@@ -275,7 +318,8 @@ def _speech_commands(root: Path, split: str) -> list[tuple[str, str]]:
         root.parent, url=f"{root.name}.tar.gz", folder_in_archive="", subset=split
     )
     items = [found.get_metadata(i)[:3:2] for i in range(len(found))]
-    return [(str(root.parent / path), word) for path, word in items]
+    items = [(str(root.parent / path), word) for path, word in items]
+    return _present(root, title, f"{split}_list.txt", items)
 
 
 def speech_commands_v2(data: Sequence[str], val_data: Sequence[str], fold: int | None) -> Splits:
@@ -283,9 +327,9 @@ def speech_commands_v2(data: Sequence[str], val_data: Sequence[str], fold: int |
     inside = ("speech_commands_v0.02", "SpeechCommands/speech_commands_v0.02")
     title, needs = "Speech Commands v2", (*_LISTS, *WORDS_V2)
     root = _root(Path(data[0]).expanduser(), title, SPEECH_COMMANDS_V2, inside, needs)
-    splits = {split: _speech_commands(root, split) for split in ("training", "validation", "testing")}
-    for split, list_ in zip(("validation", "testing"), _LISTS, strict=True):
-        _check_files(root, title, list_, (path for path, _ in splits[split]))
+    published = {"training": 84_843, "validation": 9_981, "testing": 11_005}
+    splits = {split: _speech_commands(root, title, split) for split in published}
+    _expect(root, title, {split: (len(splits[split]), count) for split, count in published.items()})
     labels = sorted(WORDS_V2)
     train, val, test = (_single(f"{title}, {split}", items, labels) for split, items in splits.items())
     return Splits(train, val, test, False)
@@ -312,13 +356,16 @@ def speech_commands_v1(data: Sequence[str], val_data: Sequence[str], fold: int |
     if not noise:
         raise AudioError(f"{root}/_background_noise_: holds no recordings. {title} is {SPEECH_COMMANDS_V1}")
 
+    words = {split: _speech_commands(root, title, split) for split in ("training", "validation", "testing")}
+
     def of(split: str) -> list[tuple[str, str]]:
-        words = _speech_commands(root, split)
-        return [(path, word if word in KEYWORDS else "_unknown_") for path, word in words] + noise
+        return [(path, word if word in KEYWORDS else "_unknown_") for path, word in words[split]] + noise
 
     train, val = of("training"), of("validation")
-    _check_files(root, title, _LISTS[0], (path for path, _ in val))
     test = [(str(path), label) for label in labels for path in sorted((tests / label).glob("*.wav"))]
+    counts = {"training": (len(words["training"]), 51_088), "validation": (len(words["validation"]), 6_798)}
+    counts |= {"silence": (len(noise), 6), "testing": (len(test), 3_081)}
+    _expect(root, title, counts)
     return Splits(
         *(_single(f"{title}, {split}", items, labels) for split, items in zip(SPLITS, (train, val, test), strict=True)),
         False,
@@ -339,8 +386,8 @@ def voxceleb1(data: Sequence[str], val_data: Sequence[str], fold: int | None) ->
         Path(data[0]).expanduser(), "VoxCeleb1", VOXCELEB1, ("VoxCeleb1",), ("iden_split.txt", "wav")
     )
     datasets = _torchaudio_datasets("VoxCeleb1")
-    splits = {}
-    for split in ("train", "dev", "test"):
+    splits, published = {}, {"train": 138_361, "dev": 6_904, "test": 8_251}
+    for split in published:
         try:
             found = datasets.VoxCeleb1Identification(root, split, meta_url="iden_split.txt")
         except ValueError as error:
@@ -348,9 +395,12 @@ def voxceleb1(data: Sequence[str], val_data: Sequence[str], fold: int | None) ->
                 f"{root / 'iden_split.txt'}: expected lines such as '1 id10006/nLEBBc9oIFs/00003.wav': {error}"
             ) from error
         items = [found.get_metadata(i) for i in range(len(found))]
-        splits[split] = [(str(root / "wav" / path), path.split("/")[0]) for path, *_ in items]
-    _check_files(root, "VoxCeleb1", "iden_split.txt", (p for items in splits.values() for p, _ in items))
-    labels = sorted({label for items in splits.values() for _, label in items})
+        splits[split] = [(str(root / "wav" / path), path.split("/")[0], split) for path, *_ in items]
+    listed = [item for items in splits.values() for item in items]
+    labels = sorted({label for _, label, _ in listed})
+    there = _present(root, "VoxCeleb1", "iden_split.txt", listed)
+    splits = {split: [(path, label) for path, label, s in there if s == split] for split in published}
+    _expect(root, "VoxCeleb1", {split: (len(splits[split]), count) for split, count in published.items()})
     train, val, test = (_single(f"VoxCeleb1, {split}", items, labels) for split, items in splits.items())
     return Splits(train, val, test, False)
 
@@ -373,34 +423,43 @@ def iemocap(data: Sequence[str], val_data: Sequence[str], fold: int | None) -> S
     needs = [f"Session{i}/{part}" for i in sessions for part in ("sentences/wav", "dialog/EmoEvaluation")]
     inside = ("IEMOCAP_full_release", "IEMOCAP")
     root = _root(Path(data[0]).expanduser(), "IEMOCAP", IEMOCAP, inside, needs)
-    items = {session: _iemocap_session(root, session) for session in sessions}
-    for session, found in items.items():
-        if not found:
+    items = _present(
+        root,
+        "IEMOCAP",
+        "dialog/EmoEvaluation",
+        (item for i in sessions for item in _iemocap_session(root, i)),
+    )
+    for session in sessions:
+        if all(number != session for _, _, number in items):
             raise AudioError(f"{root}/Session{session}: holds no labelled utterances. IEMOCAP is {IEMOCAP}")
+    _expect(root, "IEMOCAP", {"four emotions": (len(items), 5_531)})
     labels = ("neutral", "happy", "angry", "sad")
-    rest = [item for session in sessions if session != fold for item in items[session]]
+    rest = [(path, label) for path, label, session in items if session != fold]
+    test = [(path, label) for path, label, session in items if session == fold]
     held = _hold_out(len(rest), 0.2)
     return Splits(
         _single(f"IEMOCAP without session {fold}", (x for x, out in zip(rest, held, strict=True) if not out), labels),
         _single(f"IEMOCAP, validation of fold {fold}", (x for x, out in zip(rest, held, strict=True) if out), labels),
-        _single(f"IEMOCAP session {fold}", items[fold], labels),
+        _single(f"IEMOCAP session {fold}", test, labels),
         False,
     )  # fmt: skip
 
 
-def _iemocap_session(root: Path, session: int) -> list[tuple[str, str]]:
-    datasets = _torchaudio_datasets("IEMOCAP")
-    place = root.resolve() / f"Session{session}"
-    # torchaudio looks below a folder named IEMOCAP, and trips over the files ._*.txt that the release has.
-    with TemporaryDirectory() as folder:
-        labels = Path(folder, "IEMOCAP", place.name, "dialog", "EmoEvaluation")
-        labels.mkdir(parents=True)
-        (labels.parents[1] / "sentences").symlink_to(place / "sentences", target_is_directory=True)
-        for file in sorted((place / "dialog" / "EmoEvaluation").glob("[!.]*.txt")):
-            (labels / file.name).symlink_to(file)
-        found = datasets.IEMOCAP(folder, sessions=(session,))
-        items = [found.get_metadata(i) for i in range(len(found))]
-    return [(str(root / path), _EMOTIONS[label]) for path, _, _, label, _ in items if label in _EMOTIONS]
+def _iemocap_session(root: Path, number: int) -> list[tuple[str, str, int]]:
+    """(path, label, session) of each utterance with one of the emotions, whether its recording is there or not.
+
+    torchaudio's reader goes by the recordings, and would pass over those that are missing in silence.
+    """
+    session, found = root / f"Session{number}", []
+    for file in (session / "dialog" / "EmoEvaluation").glob("[!.]*.txt"):
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            # [6.2901 - 8.2357]	Ses01F_impro01_F000	neu	[2.5000, 2.5000, 2.5000]
+            fields = line.split("\t")
+            if line.startswith("[") and len(fields) >= 3 and (label := _EMOTIONS.get(fields[2].strip())):
+                dialog = fields[1].rpartition("_")[0]
+                path = session / "sentences" / "wav" / dialog / f"{fields[1]}.wav"
+                found.append((str(path), label, number))
+    return sorted(found)
 
 
 # -- one's own data ------------------------------------------------------------------------------------------
@@ -430,6 +489,9 @@ def custom(data: Sequence[str], val_data: Sequence[str], fold: int | None) -> Sp
     path = Path(data[0]).expanduser()
     if len(data) > 1:
         raise AudioError("custom data are one folder or CSV file: --data was given several times")
+    if len(val_data) > 1:
+        raise AudioError("custom data are one folder or CSV file: --val-data was given several times")
+    _check_apart(data, val_data)
     rows, multi_label = _custom_rows(path)
     if val_data:
         held, held_multi = _custom_rows(Path(val_data[0]).expanduser())
@@ -438,14 +500,15 @@ def custom(data: Sequence[str], val_data: Sequence[str], fold: int | None) -> Sp
         rows = [(p, l, "test" if s == "test" else "train") for p, l, s in rows] + [
             (p, l, "val") for p, l, _ in held
         ]
-    if all(split is None for _, _, split in rows):
-        rows = _split_at_random(rows)
+    _check_rows(path, rows)
+    if drawn := all(split is None for _, _, split in rows):
+        rows = _split_at_random(rows, multi_label)
     names = sorted({label for _, labels, _ in rows for label in labels})
     if len(names) < 2:
         raise AudioError(
             f"{path}: has {len(names)} class, and two at least were expected. Custom data are {CUSTOM}"
         )
-    _check_files(path, "the data set", str(path), (file for file, _, _ in rows))
+    rows = _present(path, "the data set", str(path), rows)
     numbers = {name: i for i, name in enumerate(names)}
     sources = {}
     for split in SPLITS:
@@ -455,10 +518,36 @@ def custom(data: Sequence[str], val_data: Sequence[str], fold: int | None) -> Sp
         raise AudioError(f"{path}: no clip is in the training split. Custom data are {CUSTOM}")
     if sources["val"] is None and sources["test"] is None:
         raise AudioError(f"{path}: there is nothing to evaluate on: mark some clips as val or test")
-    return Splits(**sources, multi_label=multi_label)
+    return Splits(**sources, multi_label=multi_label, drawn=drawn)
+
+
+def write_splits(path: Path, splits: Splits) -> None:
+    """A CSV file that `custom` reads, with every clip, its labels and its split."""
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("path", "labels" if splits.multi_label else "label", "split"))
+        for name in SPLITS:
+            for clip in getattr(splits, name) or ():
+                labels = ";".join(splits.label_names[i] for i in clip.labels)
+                rows.writerow((os.path.abspath(clip.path), labels, name))
 
 
 Row = tuple[str, tuple[str, ...], str | None]
+
+
+def _check_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Refuses a recording in two splits, or with two opinions of its labels."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        other = first.setdefault(os.path.abspath(row[0]), row)
+        if other is not row and (other[1:] != row[1:] or row[2] is None):
+            what = [
+                f"{';'.join(labels) or 'no label'}{f' in {s}' if s else ''}" for _, labels, s in (other, row)
+            ]
+            raise AudioError(
+                f"{path}: {row[0]} is there twice ({' and '.join(what)}): a recording is in one split, and several "
+                "labels go into one row, in the column labels"
+            )
 
 
 def _custom_rows(path: Path) -> tuple[list[Row], bool]:
@@ -516,19 +605,27 @@ def _custom_csv(path: Path) -> tuple[list[Row], bool]:
     return found, multi_label
 
 
-def _split_at_random(rows: list[Row]) -> list[Row]:
-    """A tenth of each class (of a clip's first label) for validation and another for the test, one clip at least."""
+def _split_at_random(rows: list[Row], multi_label: bool) -> list[Row]:
+    """A tenth of each class (of a clip's first label) for validation and another for the test, one clip at least.
+
+    With several labels a clip, classes that are first of fewer than three clips are one class here.
+    """
     by_class: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         by_class.setdefault(row[1][:1], []).append(row)
+    groups = [members for members in by_class.values() if len(members) >= 3]
+    small = [(label, members) for label, members in by_class.items() if len(members) < 3]
+    if small and not multi_label:
+        label, members = small[0]
+        raise AudioError(
+            f"the class {''.join(label)!r} has {len(members)} clips, too few to hold some out: name the splits, "
+            "in a column split or in folders train, val and test"
+        )
+    if small:
+        groups.append([row for _, members in small for row in members])
     found = []
-    for label, members in by_class.items():
-        if len(members) < 3:
-            raise AudioError(
-                f"the class {''.join(label)!r} has {len(members)} clips, too few to hold some out: name the splits, "
-                "in a column split or in folders train, val and test"
-            )
-        tenth = max(1, round(len(members) / 10))
+    for members in groups:
+        tenth = max(1, round(len(members) / 10)) if len(members) >= 3 else 0
         order = np.random.default_rng(0).permutation(len(members))
         for place, i in enumerate(order):
             split = "val" if place < tenth else "test" if place < 2 * tenth else "train"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ from .metrics import Report, measure, write_report
 from .tasks import TASKS
 
 _log = logging.getLogger("audiomae.finetune")
+
+#: Where a run has noted which of one's own recordings are in which split, if that was drawn.
+SPLITS_FILE = "splits.csv"
 
 
 @dataclass(frozen=True)
@@ -137,10 +141,11 @@ def _require_all(runs: Mapping[str, Path], config: EvaluateConfig, folder: Path)
 def _evaluate_one(
     config: EvaluateConfig, path: Path, fold: str | None, out: Path, processes: Processes
 ) -> tuple[str, str | None, Report]:
-    run, source = {}, path
+    run, source, noted = {}, path, None
     for folder in (path, path.parent):  # of the run, or the folder with its model
         if (folder / "config.yaml").is_file() and (folder / "model").is_dir():
             run, source = _run_settings(folder / "config.yaml"), folder / "model"
+            noted = folder / SPLITS_FILE
             break
     if path.is_dir() and not run and (path / "checkpoints").is_dir():
         raise ValueError(
@@ -148,6 +153,10 @@ def _evaluate_one(
         )
     task = config.task or run.get("task")
     data, val_data = config.data or run.get("data", []), config.val_data or run.get("val_data", [])
+    if noted is not None and noted.is_file() and task == run.get("task") and _same(data, run["data"]):
+        data = [
+            str(noted)
+        ]  # recordings that were added since would be dealt out anew, some of them for the test
     trained = run.get("fold")
     if fold and trained and fold != str(trained):
         raise ValueError(
@@ -196,6 +205,10 @@ def _evaluate_one(
     return task, fold, measure(found.logits, found.targets, splits.label_names, splits.multi_label)
 
 
+def _same(one: Sequence[str], other: Sequence[str]) -> bool:
+    return [os.path.abspath(path) for path in one] == [os.path.abspath(path) for path in other]
+
+
 def _run_settings(path: Path) -> dict[str, Any]:
     try:
         return TuneConfig.from_dict(yaml.safe_load(path.read_text())).to_dict()
@@ -237,7 +250,14 @@ def table(reports: Mapping[str, Report], title: str) -> str:
         m = report.metrics
         name = f"fold {fold}  " if len(reports) > 1 else ""
         empty = m["classes"] - m["classes_with_clips"]
-        note = f", {empty} of them without a clip here" if empty else ""
+        note = ""
+        if empty:
+            note = f", {empty} of them without a clip here"
+            note += (
+                f", which count 0: {m['mAP_of_classes_with_clips']:.4f} without them"
+                if report.main == "mAP"
+                else ""
+            )
         lines.append(
             f"  {name}{report.main} {report.value:.4f}  ({m['clips']} clips, {m['classes']} classes{note})"
         )

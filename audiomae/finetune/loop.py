@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 from torch.utils.data import DataLoader
 
 from ..classifier import Classifier
-from ..config import ClassifierConfig, list_models
+from ..config import ClassifierConfig
 from ..create import create_classifier
 from ..data import (
     BalancedSampler,
     Batch,
     ClipDataset,
     ClipSampler,
+    RepeatingSampler,
     Source,
     smooth,
     spec_augment,
@@ -31,9 +33,12 @@ from ..train.checkpoints import read_state
 from ..train.loop import STATE, Loop, schedule
 from ..train.processes import Processes, StopSignal
 from .config import TuneConfig
-from .evaluate import Predictions, predict, tell
+from .datasets import write_splits
+from .evaluate import SPLITS_FILE, Predictions, predict, tell
 from .metrics import Report, measure
 from .tasks import TASKS
+
+_log = logging.getLogger("audiomae.finetune")
 
 
 def finetune(config: TuneConfig) -> Path | None:
@@ -82,6 +87,11 @@ class Tuner(Loop):
         self.report: Report | None = None
         super().__init__(config, processes)
         if config.ema is not None:
+            if processes.first and self.total * (1 - config.ema) < 1:
+                _log.warning(
+                    "--ema %s averages over some %d steps, and the run has %d: much of its first weights stays",
+                    config.ema, round(1 / (1 - config.ema)), self.total,
+                )  # fmt: skip
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         elif config.average_from is not None:
             if config.average_from * self._epoch > self.total:
@@ -99,10 +109,13 @@ class Tuner(Loop):
             raise ValueError(
                 f"clips of {task.title} have several labels: --loss ce takes one each; give --loss bce"
             )
+        if c.schedule == "plateau" and self.splits.val is None:
+            raise ValueError(
+                f"--schedule plateau follows the loss on the validation split, and {task.title} has none: it would "
+                "follow the test split. Choose another schedule"
+            )
         self.loss = c.loss or ("bce" if self.splits.multi_label else "ce")
         published = task.settings
-        if c.pretrained in list_models():
-            raise ValueError(f"--pretrained {c.pretrained} names an untrained model: give it as --model")
         names = self.splits.label_names
         model = create_classifier(
             c.model,
@@ -129,8 +142,11 @@ class Tuner(Loop):
         train = [self.splits.train]
         options: dict[str, Any] = {"seed": c.seed, **self._ranks}
         if c.balanced:
-            options |= {"clips": c.epoch_clips, "replacement": c.replacement}
-        sampler = (BalancedSampler if c.balanced else ClipSampler)(train, **options)
+            sampler = BalancedSampler(train, clips=c.epoch_clips, replacement=c.replacement, **options)
+        elif c.repeat_classes is not None:
+            sampler = RepeatingSampler(train, share=c.repeat_classes, **options)
+        else:
+            sampler = ClipSampler(train, **options)
         dataset = ClipDataset(
             train, self.frontend, augment=c.augment, seconds=TASKS[c.task].seconds, seed=c.seed
         )
@@ -147,11 +163,15 @@ class Tuner(Loop):
 
     def _groups(self) -> list[dict[str, Any]]:
         """By layer and by weight decay: the rate of a layer is `layer_decay` times that of the one above it."""
-        c, skip = self.config, self.model.no_weight_decay()
-        if self.model.config.family == "audiomae":
-            skip = skip | {"encoder.prefix"}  # in fine-tuning; pre-training decays it
+        c, named = self.config, dict(self.model.named_parameters())
+        skip = self.model.no_weight_decay()
+        if (
+            c.optimizer == "adamw"
+        ):  # in fine-tuning; SSAST's Adam decays all, and pre-training decays some of them
+            skip = skip | {name for name, p in named.items() if p.ndim <= 1}
+            skip |= {"encoder.prefix", "encoder.positions.table"}
         groups: dict[tuple[int, bool], dict[str, Any]] = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in named.items():
             layer, decays = layer_of(name, self.model.config), name not in skip
             scale = c.layer_decay ** (self.model.config.depth + 1 - layer)
             empty = {"params": [], "weight_decay": c.weight_decay if decays else 0.0, "lr_scale": scale}
@@ -163,7 +183,7 @@ class Tuner(Loop):
         if c.schedule != "step":
             return super()._rate()
         factor, first, every = c.step_decay
-        epoch = self.step / self._epoch
+        epoch = self.step * c.accumulate / len(self.sampler)
         times = 0 if epoch < first else 1 + int((epoch - first) / every)
         lr = schedule("constant", self.step, self.total, self.warmup, self.lr, c.min_lr)
         return lr * factor**times
@@ -186,8 +206,8 @@ class Tuner(Loop):
             mean, std = self.frontend.mean, self.frontend.std
             fill = 0.0 if mean is None else -mean / (2 * std)
             spectrogram = spec_augment(spectrogram, batch.seeds, *c.spec_augment, fill=fill)
-        if c.spectrogram_noise:
-            spectrogram = spectrogram_noise(spectrogram, batch.seeds)
+        if (noise := c.spectrogram_noise) is not None:
+            spectrogram = spectrogram_noise(spectrogram, batch.seeds, None if noise == "released" else noise)
         masks = model.mask_time or model.mask_frequency
         return spectrogram, self._mask(spectrogram, frames, *stream) if masks else None, frames
 
@@ -237,6 +257,11 @@ class Tuner(Loop):
         self.log.say(f"step {self.step}: validation {report.main} {report.value:.4f}, loss {loss:.4f}")
 
     # -- what it keeps ---------------------------------------------------------------------------------------
+
+    def _prepare_folder(self) -> None:
+        super()._prepare_folder()
+        if self.splits.drawn:
+            write_splits(self.config.folder / SPLITS_FILE, self.splits)
 
     def _own_state(self) -> dict[str, Any]:
         return {} if self.average is None else {"average": self.average.state_dict()}

@@ -37,7 +37,8 @@ class Report:
     """What :func:`measure` found.
 
     Attributes:
-        metrics: by name, in [0, 1]: "mAP" (multi-label) or "accuracy"; counts: "clips", "classes".
+        metrics: by name, in [0, 1]: "mAP", "mAP_of_classes_with_clips" (the same without those that would count 0), and
+            with one label a clip "accuracy"; counts: "clips", "classes", "classes_with_clips".
         classes: a row for each class.
         confusion: (C, C). One label a clip: the share of the row's clips that went to the column's class. Several: the
             mean score of the column's class among the row's clips. NaN where a class has no clips.
@@ -83,6 +84,7 @@ def measure(logits: np.ndarray, targets: np.ndarray, names: tuple[str, ...], mul
     metrics = {"clips": len(logits), "classes": len(names), "classes_with_clips": int((counts > 0).sum())}
     # As published: a class without clips counts 0.
     metrics["mAP"] = float(np.mean(precisions))
+    metrics["mAP_of_classes_with_clips"] = float(np.sum(precisions)) / max(1, metrics["classes_with_clips"])
     if multi_label:
         shares = 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -50, 50)))
     else:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+
+import numpy as np
 
 from ..data import AudioError
 from ..frontend import FRONTENDS, Frontend
 from . import datasets
 from .datasets import Splits
+
+_log = logging.getLogger("audiomae.finetune")
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,14 @@ class Task:
             raise AudioError(
                 f"{self.title} is one folder, which has its own splits: give one --data and no --val-data"
             )
-        return self.reader(data, val_data, fold)
+        splits = self.reader(data, val_data, fold)
+        counts = splits.train.label_counts()
+        if unheard := [splits.label_names[i] for i in np.flatnonzero(counts == 0)]:
+            _log.warning(
+                "%s: %d of %d classes have no recording to train on: %s%s", splits.train.name, len(unheard),
+                len(counts), ", ".join(unheard[:5]), ", ..." if len(unheard) > 5 else "",
+            )  # fmt: skip
+        return splits
 
 
 _AS20K, _AS2M = (partial(datasets.audioset, full=full) for full in (False, True))

@@ -1,4 +1,4 @@
-"""A command's configuration: from a recipe, a YAML file and the command line, in this order."""
+"""A command's configuration: from a recipe, YAML files and the command line, in this order."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import argparse
 import dataclasses
 import inspect
 import re
+import sys
+import types
 import typing
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jsonargparse
 import yaml
 
+from ..config import suggest
 from .config import EITHER, TrainConfig, option
 
 PRETRAIN = (
@@ -21,11 +24,23 @@ PRETRAIN = (
     "end the run with status 0; --resume goes on. Start it under torchrun for several processes."
 )
 
+_UNIONS = (typing.Union, types.UnionType)
+
+#: What is given takes these out of what recipe and files said before.
+_REPLACES = {one: (other,) for pair in EITHER for one, other in (pair, pair[::-1])}
+_REPLACES |= {
+    "gain": ("upstream_roll_mag",),
+    "roll": ("upstream_roll_mag",),
+    "upstream_roll_mag": ("gain", "roll"),
+    "balanced": ("repeat_classes",),
+    "repeat_classes": ("balanced", "replacement", "epoch_clips"),
+}
+
 
 class _Repeated(argparse.Action):
     """An option that may come several times; what the command line says replaces the configuration file's list."""
 
-    def __init__(self, *args: Any, item: type, **kwargs: Any):
+    def __init__(self, *args: Any, item: type = str, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.item, self.values = item, []
 
@@ -33,8 +48,42 @@ class _Repeated(argparse.Action):
         try:
             self.values.append(self.item(values))
         except ValueError:
-            parser.error(f"{option_string} takes a {self.item.__name__}, got {values!r}")
+            parser.error(f"{option_string} is {values!r}, but {_expected(self.item)} was expected")
         setattr(namespace, self.dest, list(self.values))
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """Says what is wrong in one sentence: of the command line, or of the file that is `place`."""
+
+    kind: type = TrainConfig
+    place: str | None = None
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        sentence = self._sentence(message)
+        print(f"{self.prog}: {f'{self.place}: ' if self.place else ''}{sentence}", file=sys.stderr)
+        self.exit(2)
+
+    def _sentence(self, message: str) -> str:
+        """The library's messages describe Python types, over several lines."""
+        found = re.search(r'Parser key "([\w.]+)":.*?(?:Got|Given) value: (.*)', message, flags=re.DOTALL)
+        if found:
+            name, value = found.groups()
+            shown = name if self.place else option(name)
+            type_ = _type_of(self.kind, name)
+            near = (
+                suggest(value, typing.get_args(type_)) if typing.get_origin(type_) is typing.Literal else ""
+            )
+            return f"{shown} is {value.strip()!r}, but {_expected(type_)} was expected{near}"
+        if found := re.match(r"unrecognized arguments: (\S+)", message):
+            name = found[1].split("=")[0]
+            near = suggest(name, [*map(option, _names(self.kind)), "--config", "--print-config"])
+            if not name.startswith("-"):
+                return f"{name!r} belongs to no option"
+            return f"there is no option {name}{near or f'; {self.prog} --help lists all'}"
+        if found := re.match(r"(?:Group '(\w+)' does not accept o|O)ption '([\w.]+)'", message):
+            name = ".".join(filter(None, found.groups()))
+            return f"there is no setting {name!r}{suggest(name, _names(self.kind))}"
+        return " ".join(message.split())
 
 
 def parse(
@@ -45,61 +94,126 @@ def parse(
 ) -> Any:
     """The configuration, of the dataclass `kind`, that a command line describes.
 
-    Ends the program on --help, --print-config and mistakes.
+    Of each setting the last level that says it counts, where the recipe is the first, files follow in their order, and
+    the command line is the last. `model_overrides` and `augment` are merged field by field.
 
-    Raises:
-        ValueError: an unknown recipe.
+    Ends the program on --help and --print-config, and with status 2 on mistakes.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--recipe")
-    first.add_argument("--task")
-    first.add_argument("--config", action="append", default=[])
-    known, _ = first.parse_known_args(list(arguments))
-    given = {a.split("=")[0][2:].replace("-", "_") for a in arguments if a.startswith("--")}
-    name, task = known.recipe, known.task
-    for path in known.config:
-        try:
-            with open(path) as file:
-                content = yaml.safe_load(file)
-        except (OSError, yaml.YAMLError):
-            continue  # jsonargparse will say what is wrong with it
-        if isinstance(content, dict):
-            given |= {key for key, value in content.items() if value is not None}
-            name, task = name or content.get("recipe"), task or content.get("task")
-
-    defaults = kind.of_recipe(name, task)
-    for one, other in (*EITHER, *(pair[::-1] for pair in EITHER)):
-        if one in given and other not in given:
-            defaults.pop(other, None)
-
-    # Options are not abbreviated: a new one must not make old command lines ambiguous.
-    parser = jsonargparse.ArgumentParser(
-        prog=f"audiomae {command}", description=description, print_config="--print-config", allow_abbrev=False
+    parser = _parser(kind, command, description=description)
+    parser.add_argument(
+        "--config", action=_Repeated, help="a YAML file of settings, as --print-config writes it"
     )
     parser.add_argument(
-        "--config", action="config", help="a YAML file of settings, as --print-config writes it"
+        "--print-config", action="store_true", help="print all settings as such a file, and do nothing else"
     )
-    _add_fields(parser, kind, defaults)
-    values = parser.instantiate(parser.parse_args(list(arguments))).as_dict()
-    values.pop("config", None)
-    return kind.from_dict(values)
+    line = parser.parse_args(list(arguments), defaults=False).as_dict()
+    files = [_read(path, _parser(kind, command, of_file=True)) for path in line.pop("config", [])]
+    shows = line.pop("print_config", False)
+    levels = [*files, line]
+    name, task = (
+        next((level[key] for level in levels[::-1] if level.get(key)), None) for key in ("recipe", "task")
+    )
+    try:
+        settings: dict[str, Any] = {}
+        for level in (kind.of_recipe(name, task), *levels):
+            _merge(settings, level)
+        config = kind.from_dict(settings)
+        if not shows:
+            config.check()
+    except ValueError as error:
+        parser.error(str(error))
+    if shows:
+        print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
+        parser.exit(0)
+    return config
 
 
-def _add_fields(parser: Any, kind: type, defaults: dict[str, Any]) -> None:
-    help_of, types = _descriptions(kind), typing.get_type_hints(kind)
+def _parser(kind: type, command: str, of_file: bool = False, description: str = "") -> _Parser:
+    """Of a command line, or of what a file holds."""
+    # Options are not abbreviated: a new one must not make old command lines ambiguous.
+    parser = _Parser(prog=f"audiomae {command}", description=description, allow_abbrev=False)
+    parser.kind = kind
+    help_of, hints = _descriptions(kind), typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         fresh = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        settings = {"default": defaults.get(field.name, fresh), "help": help_of[field.name]}
-        type_ = types[field.name]
-        if typing.get_origin(type_) is list:
+        settings = {"default": fresh, "help": help_of[field.name]}
+        type_ = hints[field.name]
+        if not of_file and typing.get_origin(type_) is list:
             settings |= {"action": _Repeated, "item": typing.get_args(type_)[0]}
-        elif type_ is bool:
-            settings["action"] = "store_true"
-        elif field.name == "recipe":
-            settings["type"] = typing.Literal[tuple(kind.recipes)] | None
+        elif not of_file and type_ is bool:
+            settings["action"] = argparse.BooleanOptionalAction
         else:
             settings["type"] = type_
         parser.add_argument(option(field.name), **settings)
+    return parser
+
+
+def _read(path: str, parser: _Parser) -> dict[str, Any]:
+    """The settings in a file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        parser.error(f"--config {path} cannot be read: {error.strerror}")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"--config {path} is no YAML file: {error}")
+    parser.place = path
+    if not isinstance(content, dict):
+        parser.error("it should hold settings, a line each, such as steps: 1000")
+    level = parser.parse_object(content, defaults=False).as_dict()
+    if not isinstance(level.get("augment", {}), dict):
+        parser.error(f"augment is {level['augment']!r}, but {_expected(dict)} was expected")
+    return level
+
+
+def _merge(settings: dict[str, Any], level: dict[str, Any]) -> None:
+    """Another level's settings over those of the levels before."""
+    for one, other in EITHER:
+        if level.get(one) is not None and level.get(other) is not None:
+            raise ValueError(f"{option(one)} and {option(other)} say the same in two ways: give one of them")
+    for name, value in level.items():
+        for other in _REPLACES.get(name, ()) if value is not None and value is not False else ():
+            settings.pop(other, None)
+    for name, value in level.items():
+        value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        if isinstance(value, dict):
+            settings[name] = dict(settings.get(name) or {})
+            _merge(settings[name], value)
+        else:
+            settings[name] = value
+
+
+def _names(kind: type) -> list[str]:
+    """Of all settings, those of `augment` too."""
+    names = []
+    for field in dataclasses.fields(kind):
+        names.append(field.name)
+        if dataclasses.is_dataclass(part := _type_of(kind, field.name)):
+            names += [f"{field.name}.{inner.name}" for inner in dataclasses.fields(part)]
+    return names
+
+
+def _type_of(kind: type, name: str) -> Any:
+    """Of a setting, `augment.gain` for one; without the None that stands for "not given"."""
+    for part in name.split("."):
+        kind = typing.get_type_hints(kind)[part]
+        if typing.get_origin(kind) in _UNIONS:
+            parts = [part for part in typing.get_args(kind) if part is not types.NoneType]
+            kind = typing.Union[tuple(parts)]  # noqa: UP007 (of one, that one)
+    return kind
+
+
+def _expected(type_: Any) -> str:
+    """In words."""
+    origin, arguments = typing.get_origin(type_), typing.get_args(type_)
+    if origin in _UNIONS:
+        return " or ".join(map(_expected, arguments))
+    if origin is typing.Literal:
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
+    if origin is tuple:
+        return f"a list such as {list(range(1, len(arguments) + 1))}"
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return plain.get(type_) or ("a list" if origin is list else "a mapping such as {name: value}")
 
 
 def _descriptions(kind: type) -> dict[str, str]:

@@ -342,6 +342,11 @@ class Loop:
             f"{c.start}, {count:.1f} M parameters, {sum(self.sampler.sizes)} clips, {start}to step {self.total}, "
             f"{c.batch_size * c.accumulate * ranks} clips per step, on {self.device}, {c.precision}{how}"
         )
+        if 0 < self.total <= self.warmup:
+            self.log.say(
+                f"the warm-up, {self.warmup} steps, is no shorter than the run: the rate never reaches {self.lr:.3g}. "
+                "Give --warmup-steps or --warmup-epochs"
+            )
 
     def _restart_interval(self) -> float:
         self._sums: dict[str, Tensor] = {}

@@ -222,6 +222,20 @@ def test_published_noise_on_spectrograms():
         spectrogram_noise(spectrogram, seeds[:2])
 
 
+@pytest.mark.parametrize("snr", [20.0, 6.0])
+def test_noise_at_a_ratio(snr):
+    """Gaussian, at its place, so many decibels below the clip's own power."""
+    spectrogram = torch.randn(2, 300, 128) * torch.tensor([0.5, 3.0]).view(2, 1, 1) + 0.2
+    noise = spectrogram_noise(spectrogram, torch.tensor([5, 6]), snr) - spectrogram
+    power = spectrogram.square().mean((1, 2)) / noise.square().mean((1, 2))
+    # The power of 38,400 normal numbers is known to 2 / sqrt(2 * 38,400), 0.03 dB: five times that.
+    torch.testing.assert_close(10 * power.log10(), torch.full((2,), snr), atol=0.16, rtol=0)
+    normal = noise / noise.std((1, 2), keepdim=True)
+    assert normal.mean().abs() < 0.02 and abs(normal.pow(4).mean() - 3) < 0.1
+    alone = spectrogram_noise(spectrogram[1:], torch.tensor([6]), snr)
+    assert torch.equal(alone - spectrogram[1:], noise[1:])  # not on the batch
+
+
 @pytest.mark.parametrize(
     "fields",
     [

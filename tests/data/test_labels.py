@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from audiomae.data import BalancedSampler, Clip, Source, smooth, spec_augment
+from audiomae.data import BalancedSampler, Clip, RepeatingSampler, Source, smooth, spec_augment
 
 
 def test_spec_augment():
@@ -85,6 +85,12 @@ def test_balanced_without_replacement(source):
     assert abs(np.mean(np.array(firsts) >= 90) - expected) < 5 * (expected * (1 - expected) / 2000) ** 0.5
 
 
+def test_balanced_tells_of_clips_without_labels(source, caplog):
+    with_none = Source("more", [*source, Clip("none.wav")], source.label_names)
+    BalancedSampler([with_none], batch_size=5, clips=20)
+    assert "1 of 101 clips have no label: balanced sampling never draws them" in caplog.text
+
+
 def test_balanced_ranks_and_resume(source):
     one = BalancedSampler([source], batch_size=6, clips=30)
     ranks = [BalancedSampler([source], batch_size=3, clips=30, rank=r, world_size=2) for r in range(2)]
@@ -103,3 +109,50 @@ def test_balanced_refusals(source):
         BalancedSampler([source], batch_size=1)
     with pytest.raises(ValueError, match="needs labels, and a source has none"):
         BalancedSampler([Source("y", [Clip("a.wav"), Clip("b.wav")])], batch_size=1, clips=1)
+
+
+@pytest.fixture
+def keywords():
+    """Of labels 0 to 3: 2, 20 ("unknown"), 7 and 13 clips."""
+    labels = [0] * 2 + [1] * 20 + [2] * 7 + [3] * 13
+    clips = [Clip(f"{i}.wav", (label,)) for i, label in enumerate(labels)]
+    return Source("keywords", clips, ("silence", "unknown", "yes", "no")), np.array(labels)
+
+
+def test_repeated_classes(keywords):
+    """Each class has half as many clips as the largest in every epoch, and none of them is left out."""
+    source, labels = keywords
+    sampler, passes, total = RepeatingSampler([source], share=0.5, batch_size=1), set(), np.zeros(len(labels))
+    assert len(sampler) == 10 + 20 + 10 + 13  # what has more than the half stays
+    for epoch in range(7):
+        sampler.epoch = epoch
+        keys = drawn(sampler)
+        assert not passes & set(keys) and len(set(keys)) == len(keys)  # a crop of its own for each repetition
+        passes |= set(keys)
+        times = np.bincount([index for _, index in keys], minlength=len(labels))
+        assert [times[labels == c].sum() for c in range(4)] == [10, 20, 10, 13]
+        assert times[labels == 0].tolist() == [5, 5] and times.min() == 1 and times[labels == 2].max() <= 3
+        assert (times[(labels == 1) | (labels == 3)] == 1).all()
+        total += times
+    assert total[labels == 2].tolist() == [10] * 7  # 7 epochs of 10 clips: the part is another one each time
+    assert keys != sorted(keys, key=lambda key: labels[key[1]])
+
+
+def test_repeated_classes_on_ranks_and_resumed(keywords):
+    source, _ = keywords
+    one = RepeatingSampler([source], share=0.5, batch_size=6)
+    ranks = [RepeatingSampler([source], share=0.5, batch_size=3, rank=r, world_size=2) for r in range(2)]
+    joined = [a + b for a, b in zip(*ranks, strict=True)]
+    assert list(one) == joined
+    one.advance()
+    ranks[0].load_state_dict(one.state_dict())
+    assert list(ranks[0]) == [batch[:3] for batch in joined[1:]]
+    with pytest.raises(ValueError, match=r"taken with share = 0\.5, but it is 0\.4 now"):
+        RepeatingSampler([source], share=0.4, batch_size=6).load_state_dict(one.state_dict())
+
+
+def test_repeated_classes_refusals(source, keywords):
+    with pytest.raises(ValueError, match="1 of 100 clips have none or several"):
+        RepeatingSampler([source], share=0.5, batch_size=1)
+    with pytest.raises(ValueError, match=r"share is 1.5, but a share in \(0, 1\]"):
+        RepeatingSampler([keywords[0]], share=1.5, batch_size=1)

@@ -1,5 +1,6 @@
 """Readers of the data sets' own layouts; what is missing, or was unpacked half, is told."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def test_audioset(tmp_path, caplog):
     ]
     assert found["YYbal0000001.wav"] == ["Male speech, man speaking"]
     assert found["-unb0000003_30000.wav"] == ["Speech"]
-    assert "recordings of 8 of 9 segments are here" in caplog.text
+    assert "recordings of 8 of 9 segments (88.9 %) are here" in caplog.text and "cut off" not in caplog.text
 
 
 def test_audioset_from_manifests(tmp_path):
@@ -131,6 +132,17 @@ def test_custom_csv(tmp_path):
     assert not splits.multi_label and labels_of(splits.train)["1.wav"] == ["k1"]
 
 
+def test_custom_csv_of_rare_labels(tmp_path):
+    """Several labels a clip: those that come first only once are held out together. A clip may have none."""
+    rows = [f"{i}.wav,{label}" for i, label in enumerate(["a"] * 20 + ["b;a", "c;b", "d", "e", ""])]
+    (tmp_path / "labels.csv").write_text("path,labels\n" + "\n".join(rows) + "\n")
+    for i in range(25):
+        (tmp_path / f"{i}.wav").touch()
+    splits = TASKS["custom"].open([str(tmp_path / "labels.csv")])
+    assert [len(splits[s]) for s in ("train", "val", "test")] == [19, 3, 3] and splits.drawn
+    assert disjoint(splits.train, splits.val, splits.test)
+
+
 def no_csv(root):
     (root / "ESC-50-master/meta/esc50.csv").unlink()
 
@@ -153,6 +165,10 @@ def no_list(root):
 
 def no_listed_word(root):
     next((root / "speech_commands_v0.02/zero").glob("*002f_*")).unlink()
+
+
+def no_listed_word_v1(root):
+    next((root / "speech_commands_v0.01/zero").glob("*002f_*")).unlink()
 
 
 def no_test_set(root):
@@ -188,6 +204,15 @@ def no_utterances(root):
     shutil.rmtree(root / "IEMOCAP_full_release/Session2/sentences/wav/Ses02F_script01")
 
 
+def no_utterance(root):
+    (root / "IEMOCAP_full_release/Session2/sentences/wav/Ses02F_impro01/Ses02F_impro01_F004.wav").unlink()
+
+
+def no_labels(root):
+    for file in (root / "IEMOCAP_full_release/Session2/dialog/EmoEvaluation").glob("[!.]*"):
+        file.write_text("% nothing")
+
+
 def no_segments(root):
     (root / "unbalanced_train_segments.csv").unlink()
 
@@ -208,6 +233,7 @@ REFUSED = [
     ("spc2", 2, no_word, r"visual is missing. Speech Commands v2 is a folder speech_commands_v0.02"),
     ("spc2", 2, no_list, r"testing_list.txt is missing"),
     ("spc2", 2, no_listed_word, r"1 of 35 recordings that testing_list.txt lists are missing"),
+    ("spc1", 1, no_listed_word_v1, r"1 of 30 recordings that testing_list.txt lists are missing"),
     ("spc1", 1, no_test_set, r"speech_commands_test_set_v0.01, .* is missing. Speech Commands v1 is .*and beside it"),
     ("spc1", 1, no_noise, r"_background_noise_ is missing"),
     ("voxceleb1", labelled.voxceleb1, no_split_list, r"iden_split.txt is missing. VoxCeleb1 is a folder with"),
@@ -215,7 +241,9 @@ REFUSED = [
     ("voxceleb1", labelled.voxceleb1, bad_split_list, r"expected lines such as '1 id10006"),
     ("iemocap", labelled.iemocap, no_session, r"Session4/sentences/wav, Session4/dialog/EmoEvaluation is missing"),
     ("iemocap", labelled.iemocap, no_emotions, r"Session2/dialog/EmoEvaluation is missing. IEMOCAP is the folder"),
-    ("iemocap", labelled.iemocap, no_utterances, r"Session2: holds no labelled utterances"),
+    ("iemocap", labelled.iemocap, no_utterances, r"10 of 50 recordings .*EmoEvaluation lists .*are .*_F000.wav, "),
+    ("iemocap", labelled.iemocap, no_utterance, r"1 of 50 recordings that dialog/EmoEvaluation lists are missing"),
+    ("iemocap", labelled.iemocap, no_labels, r"Session2: holds no labelled utterances"),
     ("as2m", lambda root: labelled.audioset(root, full=True), no_segments, r"unbalanced_train_segments.csv is missing"),
     ("as20k", labelled.audioset, no_eval_audio, r"none of the eval segments' recordings are here. AudioSet is"),
     ("as20k", labelled.audioset, odd_label, r"eval_segments.csv, line 10: the label '/m/unheard' is not in"),
@@ -233,6 +261,57 @@ def test_half_a_data_set(tmp_path, task, build, damage, sentence):
         TASKS[task].open([str(root)], fold=2 if TASKS[task].folds else None)
 
 
+FEWER = {
+    "esc50": (labelled.esc50, "ESC-50 has: 25 of 2,000 for five folds"),
+    "spc2": (lambda root: labelled.speech_commands(root, 2), "35 of 84,843 for training, 35 of 9,981 for validation"),
+    "spc1": (lambda root: labelled.speech_commands(root, 1), "30 of 51,088 for training, .*12 of 3,081 for testing"),
+    "voxceleb1": (labelled.voxceleb1, "12 of 138,361 for train, 6 of 6,904 for dev, 6 of 8,251 for test"),
+    "iemocap": (labelled.iemocap, "50 of 5,531 for four emotions"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", FEWER)
+def test_fewer_than_published(tmp_path, caplog, task):
+    """No refusal: who tries things out has a part. What the list does not name is missed in no other way."""
+    build, numbers = FEWER[task]
+    TASKS[task].open([str(build(tmp_path / "data"))], fold=2 if TASKS[task].folds else None)
+    (text,) = (r.getMessage() for r in caplog.records if "fewer recordings than" in r.getMessage())
+    assert re.search(numbers, text) and text.endswith("was it unpacked to its end?")
+
+
+def test_a_list_of_segments_that_was_cut_off(tmp_path, caplog):
+    root = labelled.audioset(tmp_path / "as")
+    path = root / "eval_segments.csv"
+    path.write_text(path.read_text().replace("num_segs=5", "num_segs=20371"))
+    TASKS["as20k"].open([str(root)])
+    assert "lists 6 segments, and its first lines say 20371: it was cut off" in caplog.text
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_few_listed_recordings_are_missing(tmp_path, caplog, missing):
+    """One in a hundred is left out and told; more are half an archive."""
+    rows = [f"{i}.wav,{'ab'[i % 2]},{('train', 'test')[i > 80]}" for i in range(100)]
+    (tmp_path / "labels.csv").write_text("path,label,split\n" + "\n".join(rows) + "\n")
+    for i in range(missing, 100):
+        (tmp_path / f"{i}.wav").touch()
+    if missing == 2:
+        with pytest.raises(AudioError, match=r"2 of 100 recordings .* the first are .*/0.wav, .*/1.wav\. "):
+            TASKS["custom"].open([str(tmp_path / "labels.csv")])
+        return
+    splits = TASKS["custom"].open([str(tmp_path / "labels.csv")])
+    assert (len(splits.train), len(splits.test)) == (80, 19)
+    assert (
+        "1 of 100 recordings" in caplog.text and "they are left out, and results are not quite" in caplog.text
+    )
+
+
+def test_a_class_with_nothing_to_train_on(tmp_path, caplog):
+    path = labelled.csv_file(tmp_path)
+    path.write_text(path.read_text().replace("k0,test", "k0;late,test"))
+    assert TASKS["custom"].open([str(path)]).label_names == ("k0", "k1", "k2", "late")
+    assert "1 of 4 classes have no recording to train on: late" in caplog.text
+
+
 CSVS = {
     "path,split\na.wav,train\n": "has no column label or labels",
     "label,split\nx,train\n": "expected a CSV file with the columns path",
@@ -241,6 +320,9 @@ CSVS = {
     "path,label,split\na.wav,x,train\nb.wav,x,val\n": "has 1 class, and two at least",
     "path,label,split\na.wav,x,train\nb.wav,y,val\n": r"2 of 2 recordings that .*labels.csv lists are missing",
     "path,label\na.wav,x\nb.wav,y\n": "the class 'x' has 1 clips, too few",
+    "path,label,split\na.wav,x,train\n./a.wav,x,test\n": r"./a.wav is there twice \(x in train and x in test\)",
+    "path,label\na.wav,x\na.wav,y\n": r"a.wav is there twice \(x and y\): .*several labels go into one row",
+    "path,label\na.wav,x\na.wav,x\n": "a.wav is there twice",
     "path,label,split\na.wav,x\n": "line 2: split is None; expected train",
     "path,label\n": "and rows",
 }
@@ -254,15 +336,25 @@ def test_a_csv_that_is_wrong(tmp_path, text):
 
 
 def test_what_a_task_does_not_take(tmp_path):
-    root = labelled.class_folders(tmp_path / "a")
+    root, sounds = (labelled.class_folders(tmp_path / name, clips=3) for name in ("a", "sounds/a"))
     (tmp_path / "empty").mkdir()
     for data, val_data, fold, sentence in (
         ([str(root)] * 2, [], None, "--data was given several times"),
         ([str(root)], [], 1, "has no folds: leave --fold out"),
+        ([str(root)], [str(tmp_path / "c"), str(tmp_path / "d")], None, "--val-data was given several times"),
+        (
+            [str(root)],
+            [f"{root}/../a"],
+            None,
+            "is both --data and --val-data: what is trained on says nothing",
+        ),
+        ([str(sounds.parent)], [str(sounds)], None, r"is there twice \(a in train and dog in val\)"),
         ([str(tmp_path / "b")], [], None, "neither a folder nor a CSV file"),
         ([str(tmp_path / "empty")], [], None, "holds no folders, one for each class"),
     ):
         with pytest.raises(AudioError, match=sentence):
             TASKS["custom"].open(data, val_data, fold)
+    with pytest.raises(AudioError, match="is both --data and --val-data"):
+        TASKS["as20k"].open(["train.json"], ["train.json"])
     with pytest.raises(AudioError, match="is one folder, which has its own splits"):
         TASKS["esc50"].open([str(root)], [str(root)], 1)

@@ -41,6 +41,7 @@ def user_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     labelled.esc50(tmp_path)
     labelled.class_folders(tmp_path / "recordings")
+    labelled.class_folders(tmp_path / "field", classes=("dog", "saw"), clips=2)
     decoder = {"decoder_width": 32, "decoder_heads": 2, "decoder_depth": 1}
     model = audiomae.create_model("audiomae_small", **{**TINY, "mlp_ratio": 4.0, "heads": 1}, **decoder)
     torch.save({"model": audiomae.to_upstream(model)}, "pretrained.pth")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from audiomae.finetune import average_precision, measure, write_report
+from audiomae.finetune.evaluate import table
 
 sklearn = pytest.importorskip("sklearn.metrics")
 
@@ -73,6 +74,17 @@ def test_the_report(tmp_path):
     assert (tmp_path / "new/folder/confusion.png").read_bytes().startswith(b"\x89PNG")
     shares = 1 / (1 + np.exp(-logits))
     np.testing.assert_allclose(report.confusion[0], shares[:2].mean(0))
+
+
+def test_classes_without_clips():
+    """Count 0, as published; what the others have is told beside it."""
+    logits, targets = np.array([[2.0, -1.0, 0.0], [0.5, 1.0, 0.0]]), np.array([[1, 0, 0], [1, 1, 0]])
+    report = measure(logits, targets, ("a", "b", "c"), multi_label=True)
+    assert report.metrics["mAP"] == pytest.approx(2 / 3) and report.metrics["classes_with_clips"] == 2
+    assert report.metrics["mAP_of_classes_with_clips"] == 1.0
+    assert "1 of them without a clip here, which count 0: 1.0000 without them" in table({"": report}, "title")
+    none = measure(logits, 0 * targets, ("a", "b", "c"), multi_label=True)
+    assert none.metrics["mAP_of_classes_with_clips"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,18 @@ from audiomae.train.command import parse
 
 #: Global batch, base rate or rate, epochs or steps, warm-up epochs, SpecAugment, mixup, noise, loss, masks.
 AUDIOMAE = {
-    "as20k": (32, 1e-3, 60, 4, (192, 48), 0.5, False, "bce", 0.3),
-    "as20k_released": (32, 1e-3, 60, 4, (192, 48), 0.5, False, "bce", 0.2),
-    "as2m": (512, 2e-4, 100, 20, (192, 48), 0.5, False, "bce", 0.3),
-    "as2m_released": (256, 2e-4, 100, 10, (192, 48), 0.5, False, "bce", 0.2),
-    "esc50": (64, 1e-3, 60, 4, (96, 24), 0.0, False, "ce", 0.0),
-    "spc2": (256, 1e-3, 60, 4, (48, 48), 0.5, True, "bce", 0.0),
-    "spc1": (256, 1e-3, 10, 1, (48, 48), 0.5, True, "bce", 0.0),
-    "voxceleb1": (64, 1e-3, 60, 4, (192, 48), 0.0, True, "ce", 0.0),
+    "as20k": (32, 1e-3, 60, 4, (192, 48), 0.5, None, "bce", 0.3),
+    "as20k_released": (32, 1e-3, 60, 4, (192, 48), 0.5, None, "bce", 0.2),
+    "as2m": (512, 2e-4, 100, 20, (192, 48), 0.5, None, "bce", 0.3),
+    "as2m_released": (256, 2e-4, 100, 10, (192, 48), 0.5, None, "bce", 0.2),
+    "esc50": (64, 1e-3, 60, 4, (96, 24), 0.0, None, "ce", 0.3),
+    "esc50_released": (64, 1e-3, 60, 4, (96, 24), 0.0, None, "ce", 0.0),
+    "spc2": (256, 1e-3, 60, 4, (48, 48), 0.5, 20, "bce", 0.3),
+    "spc2_released": (256, 1e-3, 60, 4, (48, 48), 0.5, "released", "bce", 0.0),
+    "spc1": (256, 1e-3, 10, 1, (48, 48), 0.5, 20, "bce", 0.3),
+    "spc1_released": (256, 1e-3, 10, 1, (48, 48), 0.5, "released", "bce", 0.0),
+    "voxceleb1": (64, 1e-3, 60, 4, (192, 48), 0.0, 20, "ce", 0.3),
+    "voxceleb1_released": (64, 1e-3, 60, 4, (192, 48), 0.0, "released", "ce", 0.0),
 }
 
 
@@ -41,24 +45,21 @@ def test_audiomae(name):
         loss,
     )
     assert (c.mask_time, c.mask_freq, c.layer_decay, c.drop_path) == (masks, masks, 0.75, 0.1)
-    assert (c.optimizer, c.betas, c.precision) == ("adamw", (0.9, 0.999), "fp16")
     released = name.endswith("_released")
-    assert c.weight_decay == (5e-4 if released else 1e-4)
-    assert c.augment.upstream_roll_mag == released and (c.augment.gain, c.augment.roll) == (
-        (0.0, False) if released else (6.0, True)
-    )
-    if name.startswith("as2m"):
-        assert (c.balanced, c.replacement, c.epoch_clips) == (True, released, 200_000)
-    elif name != "spc1":
-        assert not c.balanced
+    assert (c.optimizer, c.betas) == ("adamw", (0.9, 0.999) if released else (0.9, 0.95))
+    assert c.weight_decay == (5e-4 if released and name.startswith("as2") else 1e-4)
+    assert (c.augment.upstream_roll_mag, c.augment.roll, c.augment.gain) == (released, not released, 0.0)
+    drawn = (True, released, 200_000) if name.startswith("as2m") else (False, False, None)
+    assert (c.balanced, c.replacement, c.epoch_clips) == drawn
+    assert c.repeat_classes == (0.5 if name.startswith("spc1") else None)
 
 
 @pytest.mark.parametrize("name", ["as20k", "esc50", "spc2"])
 def test_ssast_and_mae_ast_after_it(name):
     rate, epochs, batch, spec_augment, mixup, noise, loss, decay = {
-        "as20k": (5e-5, 25, 12, (192, 48), 0.5, False, "bce", (0.5, 10, 5)),
-        "esc50": (1e-4, 50, 48, (96, 24), 0.0, True, "ce", (0.85, 6, 1)),
-        "spc2": (2.5e-4, 30, 128, (48, 48), 0.6, True, "bce", (0.85, 6, 1)),
+        "as20k": (5e-5, 25, 12, (192, 48), 0.5, None, "bce", (0.5, 10, 5)),
+        "esc50": (1e-4, 50, 48, (96, 24), 0.0, "released", "ce", (0.85, 6, 1)),
+        "spc2": (2.5e-4, 30, 128, (48, 48), 0.6, "released", "bce", (0.85, 6, 1)),
     }[name]
     c, other = of(f"ssast.{name}"), of(f"mae_ast.{name}")
     assert (c.lr, c.epochs, c.batch_size, c.spec_augment, c.loss) == (rate, epochs, batch, spec_augment, loss)
@@ -89,7 +90,8 @@ def test_recipes_are_valid(name):
 @pytest.mark.parametrize("task", [name for name in TASKS if name != "custom"])
 def test_a_task_brings_its_recipe(task):
     c = parse(
-        ["--task", task, "--data", "x", "--out", "y", "--lr", "0.5", "--steps", "7"],
+        ["--task", task, "--data", "x", "--out", "y", "--lr", "0.5", "--steps", "7", "--pretrained", "p"]
+        + ["--fold", "1"] * bool(TASKS[task].folds),
         TuneConfig,
         "finetune",
         "",
@@ -99,16 +101,26 @@ def test_a_task_brings_its_recipe(task):
     assert c.batch_size == RECIPES[c.recipe]["batch_size"]
 
 
+def test_classes_are_balanced_in_one_way():
+    """The command line's takes the place of the recipe's."""
+    words = ["--data", "x", "--out", "y", "--pretrained", "p", "--task"]
+    c = parse([*words, "spc1", "--balanced", "--replacement"], TuneConfig, "finetune", "")
+    assert (c.balanced, c.replacement, c.repeat_classes) == (True, True, None)
+    c = parse([*words, "as2m", "--repeat-classes", "0.5"], TuneConfig, "finetune", "")
+    assert (c.balanced, c.epoch_clips, c.repeat_classes) == (False, None, 0.5)
+
+
 def test_defaults_recipe_file_and_command_line(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(
         "task: spc2\nrecipe: ssast.spc2\nbatch_size: 7\nspec_augment: [3, 4]\nlabel_smoothing: 0.2\n"
+        "data: [x]\nout: y\npretrained: p\nmodel_overrides: {patch: [8, 8]}\n"
     )
     words = [
         "--config",
         str(file),
-        "--fold",
-        "2",
+        "--spectrogram-noise",
+        "null",
         "--label-smoothing",
         "0.3",
         "--mask-time",
@@ -118,7 +130,8 @@ def test_defaults_recipe_file_and_command_line(tmp_path, capsys):
     ]
     c = parse(words, TuneConfig, "finetune", "")
     assert (c.task, c.batch_size, c.spec_augment, c.label_smoothing) == ("spc2", 7, (3, 4), 0.3)
-    assert (c.fold, c.mask_time, c.loss, c.lr, c.average_from) == ("2", 0.1, "ce", 2.5e-4, None)
+    assert (c.mask_time, c.loss, c.lr, c.average_from) == (0.1, "ce", 2.5e-4, None)
+    assert c.model_overrides == {"stride": [10, 10], "patch": [8, 8]} and c.spectrogram_noise is None
     with pytest.raises(SystemExit) as stop:
         parse([*words, "--print-config"], TuneConfig, "finetune", "")
     assert stop.value.code == 0
@@ -140,6 +153,12 @@ MISTAKES = [
     (["--ema", "1"], "--ema is 1.0, but a decay in"),
     (["--ema", "0.9", "--average-from", "3"], "give one of them"),
     (["--ema", "0.9", "--fsdp"], "averages of the weights are not kept under --fsdp"),
+    (["--repeat-classes", "2"], "--repeat-classes is 2.0, but a share in"),
+    (["--repeat-classes", "0.5", "--balanced"], "balance classes in two ways: give one of them"),
+    (
+        ["--spectrogram-noise", ".inf"],
+        "--spectrogram-noise is inf, but a ratio in decibels, released or null",
+    ),
     (["--epoch-clips", "5"], "say how --balanced draws clips: add it"),
     (["--frames", "0"], "--frames is 0, but a whole number of at least 1"),
     (["--batch-size", "0"], "--batch-size is 0, but a whole number of at least 1"),
@@ -150,12 +169,11 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("words, sentence", MISTAKES, ids=[" ".join(m[0]) or "no data" for m in MISTAKES])
-def test_mistakes(tmp_path, monkeypatch, capsys, words, sentence):
+def test_mistakes(tmp_path, monkeypatch, run, words, sentence):
+    """Status 2 for what the words alone say, 1 for what the disk says."""
     monkeypatch.chdir(tmp_path)
-    if words[:1] == ["--pretrained"]:
-        labelled.class_folders(tmp_path / "x")
-    assert run("finetune", *GOOD, *words) == 1
-    error = capsys.readouterr().err
+    status, _, error = run("finetune", *GOOD, *words)
+    assert status == (2 if words else 1)
     assert error.startswith("audiomae finetune: ") and sentence in error and "Traceback" not in error
     assert not (tmp_path / "y").exists()
 
@@ -169,18 +187,19 @@ def test_words_that_are_none(words, capsys):
     assert stop.value.code == 2 and words[0] in capsys.readouterr().err
 
 
-def test_what_is_missing(tmp_path, capsys):
+def test_what_is_missing(tmp_path, run):
     for left_out, sentence in (
         ("--task", "there is no --task: name a task"),
         ("--model", "nothing to fine-tune"),
     ):
         i = GOOD.index(left_out)
-        assert run("finetune", *GOOD[:i], *GOOD[i + 2 :]) == 1
-        assert sentence in capsys.readouterr().err
-    assert run("evaluate") == 1
-    assert "there is no --model" in capsys.readouterr().err
-    assert run("evaluate", "--model", tmp_path / "nothing", "--task", "custom", "--data", tmp_path) == 1
-    assert "there is no file or folder" in capsys.readouterr().err
+        status, _, error = run("finetune", *GOOD[:i], *GOOD[i + 2 :])
+        assert status == 2 and sentence in error
+    status, _, error = run("evaluate")
+    assert status == 2 and "there is no --model" in error
+    nothing = tmp_path / "nothing"
+    status, _, error = run("evaluate", "--model", nothing, "--task", "custom", "--data", tmp_path)
+    assert status == 1 and "there is no file or folder" in error
 
 
 def test_a_run_is_not_written_over(tmp_path, capsys):

@@ -15,7 +15,7 @@ from pretraining import assert_same_bits, state_of, torchrun
 
 import audiomae
 from audiomae.data import Augment, smooth
-from audiomae.finetune import EvaluateConfig, TuneConfig, Tuner, evaluate, finetune
+from audiomae.finetune import TASKS, EvaluateConfig, TuneConfig, Tuner, evaluate, finetune
 from audiomae.finetune.loop import layer_of
 from audiomae.train import Checkpoints
 from audiomae.train.processes import Processes
@@ -81,9 +81,10 @@ def test_rates_by_layer(data, tmp_path, model):
     lowest = {"patch_embed.weight", "patch_embed.bias", "prefix", "positions.table", "input_norm.0.weight"}
     lowest = {"encoder." + name for name in lowest} & scales.keys()
     assert {name for name, scale in scales.items() if scale == 0.75**3} >= lowest
-    if model == "audiomae_small":
-        undecayed = {name for name, p in named.items() if found[p][1] == 0.0}
-        assert undecayed == {name for name, p in named.items() if p.ndim == 1} | {"encoder.prefix"}
+    undecayed = {name for name, p in named.items() if found[p][1] == 0.0}
+    whole = {"encoder.prefix", "encoder.positions.table"} & named.keys()
+    assert undecayed == {name for name, p in named.items() if p.ndim == 1} | whole
+    assert ("encoder.positions.table" in whole) == (model == "ssast_patch_tiny")
     made._restart_interval()
     made.step = 3
     made._step([next(made._batches())])
@@ -122,7 +123,7 @@ def test_several_labels_need_bce(data, tmp_path):
 def test_masks_and_augmentation_in_training_only(data, tmp_path):
     made = tuner(
         data["one"], tmp_path / "run", mask_time=0.4, mask_freq=0.25, spec_augment=(20, 20),
-        spectrogram_noise=True, augment=Augment(mixup=1.0),
+        spectrogram_noise="released", augment=Augment(mixup=1.0),
     )  # fmt: skip
     batch = next(made._batches())
     plain, frames = made._spectrogram(batch)
@@ -131,7 +132,7 @@ def test_masks_and_augmentation_in_training_only(data, tmp_path):
     assert mask.ids_keep.shape[1] == int(0.6 * steps) * int(0.75 * bands)
     assert not torch.equal(spectrogram, plain)
     assert ((batch.labels > 0) & (batch.labels < 1)).any()
-    made.config.spectrogram_noise = False
+    made.config.spectrogram_noise = None
     masked, _, _ = made._inputs(batch, 3, 0, 0)
     fill = torch.tensor(
         -made.frontend.mean / (2 * made.frontend.std)
@@ -153,6 +154,24 @@ def test_schedule_in_steps(data, tmp_path):
         made.step = round(epoch * 6)
         rates[epoch] = made._rate()
     assert rates == {1: 1.0, 9.5: 1.0, 10: 0.5, 14.5: 0.5, 15: 0.25, 20: 0.125, 24.5: 0.125}
+
+
+def test_schedule_in_epochs_of_broken_steps(data, tmp_path):
+    """6 batches in steps of 4: an epoch is one and a half steps, not two."""
+    settings = {"schedule": "step", "steps": 600, "lr": 1.0, "step_decay": (0.5, 10, 5), "accumulate": 4}
+    made = tuner(data["one"], tmp_path / "run", **settings)
+    rates = []
+    for step in (14, 15, 22, 23, 30):
+        made.step = step
+        rates.append(made._rate())
+    assert rates == [1.0, 0.5, 0.5, 0.25, 0.125]
+
+
+def test_plateau_does_not_follow_the_test_split(tmp_path):
+    root = labelled.esc50(tmp_path / "esc")
+    with pytest.raises(ValueError, match="ESC-50 has none: it would follow the test split"):
+        finetune(config(root, tmp_path / "run", task="esc50", fold="1", schedule="plateau"))
+    assert not (tmp_path / "run").exists()
 
 
 # -- averaged weights, and those that are kept ---------------------------------------------------------------
@@ -189,7 +208,7 @@ FULL = {
     "mask_freq": 0.3,
     "spec_augment": (9, 9),
 }
-FULL |= {"spectrogram_noise": True, "label_smoothing": 0.1}
+FULL |= {"spectrogram_noise": 20.0, "label_smoothing": 0.1}
 RESUMED = {
     "ema": {"ema": 0.9, **FULL},
     "mean": {"average_from": 1, "schedule": "step", **FULL},
@@ -220,6 +239,16 @@ def test_stopped_and_resumed_equals_not_stopped(data, tmp_path, monkeypatch, cas
     assert finetune(parts) == tmp_path / "parts" / "model"
     assert_same_bits(state_of(parts.out, 6), state_of(whole.out, 6))
     assert_same_bits(*(audiomae.load(Path(c.out) / "model").state_dict() for c in (parts, whole)))
+
+
+def test_what_a_short_run_cannot_do_is_told(data, tmp_path, caplog, capsys):
+    """A recipe's warm-up and average in fewer steps than they take."""
+    finetune(config(data["one"], tmp_path / "run", steps=1, warmup_steps=None, warmup_epochs=4.0, ema=0.999))
+    assert (
+        "the warm-up, 24 steps, is no shorter than the run: the rate never reaches 0.003"
+        in capsys.readouterr().out
+    )
+    assert "--ema 0.999 averages over some 1000 steps, and the run has 1" in caplog.text
 
 
 def test_an_average_that_never_comes(data, tmp_path):
@@ -375,6 +404,27 @@ def test_a_clip_that_cannot_be_read_is_left_out(data, tmp_path, caplog):
     found = evaluate(EvaluateConfig(model=str(tmp_path / "run"), workers=0, device="cpu"))[""]
     assert found.metrics["clips"] == 2
     assert "1 clips of" in caplog.text and "could not be read and are left out" in caplog.text
+
+
+def test_recordings_that_were_added_since(tmp_path):
+    """Evaluation goes by the splits that the run noted: dealt out anew, some that were trained on would be tested."""
+    root = labelled.class_folders(tmp_path / "data", clips=12)
+    finetune(config(root, tmp_path / "run", steps=1))
+    before = (tmp_path / "run/splits.csv").read_text()
+    for i in range(12, 24):
+        labelled.sound(root / "dog" / f"{i}.wav", 0, i)
+    assert len(TASKS["custom"].open([str(root)]).test) == 4
+    settings = {"model": str(tmp_path / "run"), "workers": 0, "device": "cpu"}
+    for data in ([], [str(root)]):
+        assert evaluate(EvaluateConfig(**settings, data=data))[""].metrics["clips"] == 3
+    assert (tmp_path / "run/splits.csv").read_text() == before
+    new = labelled.class_folders(tmp_path / "new", classes=("dog", "saw"), clips=2)
+    report = evaluate(EvaluateConfig(**settings, val_data=[str(new)], split="val"))[""]
+    assert (report.metrics["clips"], report.metrics["classes"], report.metrics["classes_with_clips"]) == (
+        4,
+        3,
+        2,
+    )
 
 
 # -- many processes ------------------------------------------------------------------------------------------
