@@ -21,8 +21,6 @@ SCHEMAS = {
     "attention": "(Tensor qkv, Tensor? cu_seqlens, Tensor? seed, *, float dropout, str impl) -> (Tensor, Tensor)",
     "attention_backward": "(Tensor grad, Tensor qkv, Tensor out, Tensor statistics, Tensor? cu_seqlens, Tensor? seed, "
     "*, float dropout, str impl) -> Tensor",
-    "fbank": "(Tensor waveform, *, float sample_rate, str window, int mel_bins, float frame_length, "
-    "float frame_shift, float low_freq, float high_freq, float preemphasis, bool remove_dc_offset, str impl) -> Tensor",
     "window_attention": "(Tensor qkv, Tensor? tau, Tensor? bias, *, SymInt[2] grid, int[2] window, "
     "int[2] shift, str scoring, str impl) -> Tensor",
     "window_attention_backward": "(Tensor grad, Tensor qkv, Tensor? tau, Tensor? bias, *, SymInt[2] grid, "
@@ -41,6 +39,8 @@ SCHEMAS = {
 }
 
 OPS = tuple(name for name in SCHEMAS if not name.endswith("_backward"))
+# What runs before the graph begins: functions of several implementations that are no `torch.library` op.
+FRONT_END = ("fbank",)
 IMPLEMENTATIONS = ("native", "triton", "reference")
 
 # What `impl=None` tries before the reference.
@@ -91,7 +91,7 @@ class Served(NamedTuple):
     chosen: bool  # whether impl=None takes it
 
 
-_table: dict[str, dict[str, Implementation]] = {op: {} for op in OPS}
+_table: dict[str, dict[str, Implementation]] = {op: {} for op in (*FRONT_END, *OPS)}
 
 
 def register(op: str, name: str, forward: Callable, backward: Callable | None = None, **limits) -> None:
@@ -129,7 +129,7 @@ def implementations(
 ) -> list[Served]:
     """Which implementations serve `op` for tensors of `dtype` on `device`, and why the others do not."""
     if op not in _table:
-        raise ValueError(f"There is no op {op!r}; the ops are {', '.join(OPS)}.")
+        raise ValueError(f"There is no op {op!r}; the ops are {', '.join(_table)}.")
     device = torch.device(device)
     chosen = _choose(op, device, dtype)
     lines = []
@@ -171,6 +171,11 @@ def resolve(op: str, impl: str | None, *tensors: Tensor | None, **options) -> st
     if reason:
         raise RuntimeError(f"{op}: impl={impl!r} cannot run. {reason}")
     return impl
+
+
+def forward(op: str, impl: str) -> Callable:
+    """The function of an implementation that `resolve` named."""
+    return _table[op][impl].forward
 
 
 def _choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -247,13 +252,6 @@ def _(qkv, cu_seqlens, seed, *, dropout, impl):
 @_fake("attention_backward")
 def _(grad, qkv, out, statistics, cu_seqlens, seed, *, dropout, impl):
     return wanted(qkv, True)
-
-
-@_fake("fbank")
-def _(waveform, *, sample_rate, mel_bins, frame_length, frame_shift, **settings):
-    # As `fbank.reference.frame_sizes` has them.
-    size, shift = int(sample_rate * frame_length * 0.001), int(sample_rate * frame_shift * 0.001)
-    return waveform.new_empty(len(waveform), (waveform.shape[1] - size) // shift + 1, mel_bins)
 
 
 @_fake("window_attention")

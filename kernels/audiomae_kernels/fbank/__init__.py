@@ -128,11 +128,8 @@ def fbank(
     }
     impl = _library.resolve("fbank", impl, waveform, **settings)
     batch = waveform if waveform.dim() == 2 else waveform.unsqueeze(0)
-    if impl == "reference":
-        with torch.autocast(waveform.device.type, enabled=False):
-            mel = fbank_ref(batch, **settings)
-    else:
-        mel = torch.ops.audiomae.fbank(batch, **settings, impl=impl)
+    with torch.autocast(waveform.device.type, enabled=False):
+        mel = _library.forward("fbank", impl)(batch, **settings)
     return mel if waveform.dim() == 2 else mel.squeeze(0)
 
 
