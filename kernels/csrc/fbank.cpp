@@ -22,6 +22,7 @@ struct Fbank {
   bool remove_dc_offset;
   float preemphasis;
   const float* window;    // (N)
+  bool odd;               // n/2 is no power of four: the first stage is of radix 2
   const float* twiddles;  // of the stages, one after another, as they are read
   const float* unpack;    // (n/4 + 1, 2): cos and sin of 2 pi k / n
   const int32_t* place;   // (n/2): where the complex FFT leaves frequency k
@@ -149,7 +150,7 @@ inline void transform(const Fbank& f, float* z) {
   const int64_t count = f.fft_size / 2;
   const float* twiddles = f.twiddles;
   int64_t length = count;
-  if (__builtin_ctzll(count) % 2) {
+  if (f.odd) {
     twiddles = stage<2>(z, count, length, twiddles);
     length /= 2;
   }
@@ -269,6 +270,7 @@ using torch::stable::Tensor;
 constexpr int64_t kLargestFft = 8192;
 
 struct Plan {
+  bool odd = false;
   std::vector<float> twiddles, unpack;
   std::vector<int32_t> place;
 };
@@ -277,6 +279,7 @@ struct Plan {
 Plan make_plan(int64_t n) {
   const int64_t count = n / 2;
   Plan plan;
+  for (int64_t length = count; length > 1; length /= 2) plan.odd = !plan.odd;
   const auto add = [](std::vector<float>& table, int64_t numerator, int64_t denominator, double sign) {
     const double angle = 2 * 3.14159265358979323846 * double(numerator) / double(denominator);
     table.push_back(float(std::cos(angle)));
@@ -284,7 +287,7 @@ Plan make_plan(int64_t n) {
   };
   std::vector<int64_t> radices;
   for (int64_t length = count; length > 1; length /= radices.back()) {
-    radices.push_back(radices.empty() && __builtin_ctzll(count) % 2 ? 2 : 4);
+    radices.push_back(radices.empty() && plan.odd ? 2 : 4);
     for (int64_t j = 1; j < length / radices.back(); ++j) {
       for (int64_t r = 1; r < radices.back(); ++r) add(plan.twiddles, r * j, length, -1);
     }
@@ -348,6 +351,7 @@ Tensor fbank(const Tensor& waveform, const Tensor& window, const Tensor& first, 
   f.remove_dc_offset = remove_dc_offset;
   f.preemphasis = float(preemphasis);
   f.window = static_cast<const float*>(taper.const_data_ptr());
+  f.odd = plan.odd;
   f.twiddles = plan.twiddles.data();
   f.unpack = plan.unpack.data();
   f.place = plan.place.data();
