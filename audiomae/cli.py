@@ -24,14 +24,20 @@ from .embed import add_commands as add_embed_and_tag
 from .export import add_command as add_export
 from .frontend import Frontend
 from .model import MaskedAutoencoder, Output, SpectrogramModel
-from .options import add_overrides, open_model, overrides
+from .options import UsageError, add_overrides, check_writable, open_model, overrides, replacing
 from .probe import add_command as add_probe
 from .reconstruct import add_command as add_reconstruct
 from .upstream import load_upstream, position_layout, to_upstream
+from .words import plural
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; errors that a user can mend are printed as one sentence. Returns the exit status."""
+    """Run a command; errors that a user can mend are printed as one sentence.
+
+    Returns:
+        The exit status: 2 if the command line is wrong by itself (argparse ends the program with it too), 1 for
+        anything else that went wrong.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # Training parses its own options, of which configuration files are a part.
     own = arguments[:1] and arguments[0] in _TRAINING
@@ -44,8 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        print(f"audiomae {options.command}: {error}", file=sys.stderr)
-        return 1
+        sentence = str(error)
+        if (
+            isinstance(error, OSError) and error.strerror
+        ):  # the operating system's, which nobody made a sentence of
+            sentence = ": ".join(filter(None, (error.filename, error.strerror)))
+        print(f"audiomae {options.command}: {sentence}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
     return status or 0
 
 
@@ -97,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
 
     verify = commands.add_parser("verify", help="what a checkpoint is, and whether it works")
-    verify.add_argument("checkpoint", help="a published file, or a folder or hub id of ours")
+    verify.add_argument("checkpoint", help="a published file, a folder or hub id of ours, or a model's name")
     add_overrides(verify)
     verify.set_defaults(run=_verify)
     return parser
@@ -226,29 +237,29 @@ def _convert(options: argparse.Namespace) -> None:
         model.config.frontend = _with_labels(model, options.labels)
     model.save_pretrained(options.output)
     kind, carried = model.upstream.kind, len(model.upstream.extras)
-    print(f"{options.input}: {kind}, {_parameters(model)} parameters, {carried} unused tensors carried along")
+    print(
+        f"{options.input}: {kind}, {_parameters(model)} parameters, {plural(carried, 'unused tensor')} carried along"
+    )
     print(f"wrote {options.output}")
 
 
 def _with_labels(model: SpectrogramModel, path: Path) -> Frontend:
     _, labels = read_labels(path)
     if not isinstance(model, Classifier) or len(labels) != model.config.num_classes:
-        classes = f"{model.config.num_classes} classes" if isinstance(model, Classifier) else "no classes"
-        raise ValueError(f"{path} names {len(labels)} labels, but the model has {classes}")
+        classes = plural(model.config.num_classes, "class") if isinstance(model, Classifier) else "no classes"
+        raise ValueError(f"{path} names {plural(len(labels), 'label')}, but the model has {classes}")
     return replace(model.config.frontend, labels=labels)
 
 
 def _export(options: argparse.Namespace) -> None:
     if options.output.suffix != ".pth" or options.output.is_dir():
         raise ValueError(f"from a folder, OUT is a .pth file to write, got {options.output}")
-    if not options.output.parent.is_dir():
-        raise FileNotFoundError(f"the folder {options.output.parent} of OUT does not exist: make it first")
+    check_writable(options.output, "OUT")
     if options.output.exists() and not options.force:
         raise FileExistsError(f"{options.output} exists already: choose another name, or add --force")
     state = to_upstream(open_model(options.input, options))
-    temporary = options.output.with_suffix(".pth.part")
-    torch.save({"model": state}, temporary)
-    temporary.replace(options.output)
+    with replacing(options.output) as temporary, temporary.open("wb") as file:
+        torch.save({"model": state}, file)
     print(f"wrote {options.output}: {len(state)} tensors under the published code's names")
 
 
@@ -256,10 +267,16 @@ def _verify(options: argparse.Namespace) -> None:
     model = open_model(options.checkpoint, options).eval()
     c = model.config
     kind = model.upstream.kind if model.upstream is not None else type(model).__name__
-    print(f"family            {kind} ({c.width} wide, {c.depth} blocks, {_parameters(model)} parameters)")
+    print(
+        f"family            {kind} ({c.width} wide, {plural(c.depth, 'block')}, {_parameters(model)} parameters)"
+    )
     print(f"tokens            patch {c.patch}, stride {c.step}, grid {c.grid()} of {c.frames} frames")
     if isinstance(model, MaskedAutoencoder):
-        blocks = f", {c.num_decoder_blocks} blocks of width {c.decoder_width}" if c.decoder != "none" else ""
+        blocks = (
+            f", {plural(c.num_decoder_blocks, 'block')} of width {c.decoder_width}"
+            if c.decoder != "none"
+            else ""
+        )
         print(f"decoder           {c.decoder}{blocks}")
     layouts = [
         position_layout(part.positions.table, c.grid())

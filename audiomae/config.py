@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from .attention import BACKENDS
 from .frontend import Frontend
 from .masking import SHARED, check_ratio
+from .words import plural
 
 DECODERS = ("window", "hybrid", "global", "cross", "none")
 PADS = ("attend", "exclude")
@@ -23,6 +24,15 @@ NORMS = ("pre", "post")
 INPUT_NORMS = ("none", "auto", "batch", "running")
 RECOMPUTE = ("none", "activations", "blocks")
 IMPLEMENTATIONS = (None, "reference", "native", "triton")
+
+
+def is_name(source: object) -> bool:
+    """Whether a text names a model, rather than a path or a hub id.
+
+    It does so beside a file or folder of that name, which "./name" or a `Path` stands for: what a command does
+    must not depend on the folder that it is started in.
+    """
+    return isinstance(source, str) and source in list_models()
 
 
 def suggest(name: str, known) -> str:
@@ -336,7 +346,7 @@ class ClassifierConfig(EncoderConfig):
         labels = self.frontend.labels
         if labels is not None and len(labels) != self.num_classes:
             raise ValueError(
-                f"the front end names {len(labels)} labels, but num_classes is {self.num_classes}"
+                f"the front end names {plural(len(labels), 'label')}, but num_classes is {self.num_classes}"
             )
 
 

@@ -153,7 +153,7 @@ def load(source: str | Path, **overrides: Any) -> SpectrogramModel:
     """A model with its weights.
 
     Args:
-        source: a folder written by `save_pretrained`, a published checkpoint (`.pth`, `.pt`, `.bin`,
+        source: a folder written by `save_pretrained` or by a run, a published checkpoint (`.pth`, `.pt`, `.bin`,
             `.safetensors`; see `from_upstream`), or a Hugging Face hub id.
         overrides: fields of the configuration to replace; for a published checkpoint those of `from_upstream`.
 

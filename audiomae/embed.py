@@ -18,6 +18,7 @@ from .options import (
     add_model,
     check_device,
     check_writable,
+    file_to_write,
     find_recordings,
     layer,
     load_batches,
@@ -25,6 +26,7 @@ from .options import (
     positive,
     replacing,
 )
+from .words import plural
 
 _MARK = b"audiomae"  # in the metadata of our Parquet files
 
@@ -55,7 +57,10 @@ def add_commands(commands: Any) -> None:
         "default: %(default)s",
     )
     embed.add_argument(
-        "--out", type=Path, default=Path("embeddings.npz"), help="file to write; default: %(default)s"
+        "--out",
+        type=file_to_write("", ".npz", ".parquet"),
+        default=Path("embeddings.npz"),
+        help="file to write; default: %(default)s",
     )
     add_any_length(embed)
     add_model(embed)
@@ -92,8 +97,6 @@ def _add_recordings(parser: argparse.ArgumentParser) -> None:
 
 
 def _embed(options: argparse.Namespace) -> int:
-    if options.out.suffix not in ("", ".npz", ".parquet"):
-        raise ValueError(f"--out {options.out}: the suffix says the format, and should be .npz or .parquet")
     check_writable(options.out)
     writer = ParquetWriter if options.out.suffix == ".parquet" else NpzWriter
     writer.check(options.out)
@@ -117,15 +120,19 @@ def _embed(options: argparse.Namespace) -> int:
                 out.add(recording, values)
                 rows += len(values)
                 times = (
-                    f", {len(values)} steps of {embedder.step_ms:g} ms" if options.level == "frame" else ""
+                    f", {plural(len(values), 'step')} of {embedder.step_ms:g} ms"
+                    if options.level == "frame"
+                    else ""
                 )
                 norm = values.norm(dim=1).mean()
                 print(f"{recording.name}  {embedder.width} values{times}, norm {norm:.3f}")
         if not rows:
-            raise ValueError(f"none of {len(found)} recordings could be used: {options.out} was not written")
+            raise ValueError(
+                f"none of {plural(len(found), 'recording')} could be used: {options.out} was not written"
+            )
     print(f"wrote {options.out}: embeddings {(rows, embedder.width)}")
     if failed:
-        print(f"audiomae embed: {len(failed)} of {len(found)} recordings were left out", file=sys.stderr)
+        print(f"audiomae embed: left out {len(failed)} of {plural(len(found), 'recording')}", file=sys.stderr)
     return 1 if failed else 0
 
 

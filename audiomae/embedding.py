@@ -14,19 +14,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .classifier import Classifier
-from .config import list_models
+from .config import is_name
 from .create import create_model, load
 from .model import Positions, SpectrogramModel
 from .pretrained import reconfigured
+from .words import plural
 
 __all__ = ["Embedder", "Tagger", "stretched"]
 
 LONG = ("chunks", "interpolate")
+
+Waveforms = Tensor | np.ndarray | Sequence[Tensor | np.ndarray]
 
 
 def stretched(model: SpectrogramModel, frames: int) -> SpectrogramModel:
@@ -63,6 +67,34 @@ class Piece:
     steps: int
     start: int
     frames: int
+
+
+def _clips(waveform: Waveforms, lengths: Tensor | Sequence[int] | None) -> Tensor | list[Tensor]:
+    """Waveforms as a batch (B, S) or one by one."""
+    if not isinstance(waveform, (Tensor, np.ndarray)):
+        if lengths is not None:
+            raise ValueError(
+                "lengths belong to the rows of one batch (clips, samples), not to a list of clips"
+            )
+        for clip in waveform:
+            if not isinstance(clip, (Tensor, np.ndarray)):
+                raise TypeError(
+                    f"a waveform is a tensor or an array, got a {type(clip).__name__}; audiomae.data.load_audio reads "
+                    "files"
+                )
+        return [torch.as_tensor(clip) for clip in waveform]
+    waveform = torch.as_tensor(waveform)
+    waveform = waveform[None] if waveform.ndim == 1 else waveform
+    if lengths is None or waveform.ndim != 2:
+        return waveform if waveform.ndim else waveform[None, None]
+    lengths = torch.as_tensor(lengths)
+    whole = lengths.shape == waveform.shape[:1] and not lengths.is_floating_point()
+    if not whole or not ((lengths >= 0) & (lengths <= waveform.shape[1])).all():
+        raise ValueError(
+            f"lengths must hold one integer up to {waveform.shape[1]} for each of {plural(len(waveform), 'clip')}, got "
+            f"{lengths.tolist()}"
+        )
+    return [row[:n] for row, n in zip(waveform, lengths.tolist(), strict=True)]
 
 
 class AnyLength(nn.Module):
@@ -106,8 +138,8 @@ class AnyLength(nn.Module):
         if isinstance(model, SpectrogramModel):
             if overrides:
                 raise TypeError(f"{type(self).__name__} has no option {next(iter(overrides))!r}")
-        elif str(model) in list_models():
-            model = create_model(str(model), **overrides)
+        elif is_name(model):
+            model = create_model(model, **overrides)
         else:
             model = load(model, **overrides).float()
         # A copy, so that neither the settings nor the mode of the model given change.
@@ -122,25 +154,38 @@ class AnyLength(nn.Module):
 
     @torch.no_grad()
     def spectrograms(
-        self, waveform: Tensor | Sequence[Tensor], lengths: Tensor | Sequence[int] | None = None
+        self, waveform: Waveforms, lengths: Tensor | Sequence[int] | None = None
     ) -> list[Tensor]:
         """Normalised log-mel (T_i, F) of each clip, as long as the clip is.
 
         Args:
-            waveform: (B, S) or (S,), or a sequence of (S_i,); float32 at `sample_rate`, in [-1, 1].
+            waveform: (B, S) or (S,), or a sequence of (S_i,): tensors or arrays, float32 (or float64) at
+                `sample_rate`, mono, in [-1, 1].
             lengths: samples of each row of (B, S), where rows were filled up.
 
         Raises:
-            ValueError: a clip is shorter than one frame of 25 ms.
+            TypeError: what was given is no waveform.
+            ValueError: a clip has channels, holds NaN or is shorter than one frame of 25 ms; lengths that do not fit.
         """
         frontend = dataclasses.replace(self.model.config.frontend, frames=None)
         device = next(self.model.parameters()).device
-        if isinstance(waveform, Tensor):
-            waveform = waveform[None] if waveform.ndim == 1 else waveform
-            if lengths is None:
-                return list(frontend(waveform.to(device)))
-            waveform = [row[:n] for row, n in zip(waveform, torch.as_tensor(lengths).tolist(), strict=True)]
-        return [frontend(clip.to(device)) for clip in waveform]
+        clips = _clips(waveform, lengths)
+        for number, clip in enumerate(clips):
+            if clip.ndim != 1:
+                raise ValueError(
+                    f"clip {number} has shape {tuple(clip.shape)}, but mono (samples,) was expected: mix its channels, "
+                    "waveform.mean(dim=...)"
+                )
+            if len(clip) < self.sample_rate // 40:
+                raise ValueError(
+                    f"clip {number} has {plural(len(clip), 'sample')}, fewer than one frame of 25 ms at "
+                    f"{self.sample_rate} Hz"
+                )
+            if not torch.isfinite(clip).all():
+                raise ValueError(f"clip {number} holds NaN or infinity")
+        if isinstance(clips, Tensor) and len(clips):
+            return list(frontend(clips.to(device)))
+        return [frontend(clip.to(device)) for clip in clips]
 
     def _pieces(self, clip: int, frames: int) -> list[Piece]:
         """A clip's pieces, in order."""
@@ -168,7 +213,7 @@ class AnyLength(nn.Module):
         dtype = next(self.model.parameters()).dtype
         for number, spectrogram in enumerate(spectrograms):
             if len(spectrogram) == 0:
-                raise ValueError(f"clip {number} has no frame: it is shorter than 25 ms")
+                raise ValueError(f"clip {number} has no frame")
         pieces = [piece for i, s in enumerate(spectrograms) for piece in self._pieces(i, len(s))]
         found: list[list[tuple[Piece, Tensor]]] = [[] for _ in spectrograms]
         # Neighbours of equal length share calls of attention.
@@ -247,16 +292,11 @@ class Embedder(AnyLength):
         return torch.arange(steps, dtype=torch.float64) * self.step_ms + span / 2
 
     def forward(
-        self, waveform: Tensor | Sequence[Tensor], lengths: Tensor | Sequence[int] | None = None
+        self, waveform: Waveforms, lengths: Tensor | Sequence[int] | None = None
     ) -> Tensor | list[Tensor]:
         """(B, D), or at level "frame" a (T'_i, D) for each clip.
 
-        Args:
-            waveform: (B, S) or (S,), or a sequence of (S_i,); float32 at `sample_rate`, in [-1, 1].
-            lengths: samples of each row of (B, S), where rows were filled up.
-
-        Raises:
-            ValueError: a clip is shorter than one frame of 25 ms.
+        Arguments and errors as of `spectrograms`.
         """
         return self.embed(self.spectrograms(waveform, lengths))
 
@@ -340,9 +380,7 @@ class Tagger(AnyLength):
         self.scores = scores
         self.labels = c.frontend.labels or tuple(str(i) for i in range(c.num_classes))
 
-    def forward(
-        self, waveform: Tensor | Sequence[Tensor], lengths: Tensor | Sequence[int] | None = None
-    ) -> Tensor:
+    def forward(self, waveform: Waveforms, lengths: Tensor | Sequence[int] | None = None) -> Tensor:
         """(B, classes) probabilities; arguments and errors as of `Embedder`."""
         return self.tag(self.spectrograms(waveform, lengths))
 

@@ -21,7 +21,7 @@ from .classifier import Classifier
 from .config import replace
 from .embedding import stretched
 from .model import SpectrogramModel
-from .options import add_overrides, check_writable, open_model, positive, replacing
+from .options import add_overrides, check_writable, file_to_write, open_model, positive, replacing
 from .pretrained import build
 
 __all__ = ["Exportable", "export"]
@@ -169,8 +169,14 @@ def add_command(commands: Any) -> None:
         "of torch.export (--out name.pt2). It takes normalised spectrograms of any batch size and length, and fills "
         "them up as embed and tag do.",
     )
-    parser.add_argument("--model", required=True, help="a folder, a published checkpoint or a hub id")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="name.onnx or name.pt2")
+    parser.add_argument("--model", required=True, help="a folder, a published checkpoint, a hub id or a name")
+    parser.add_argument(
+        "--out",
+        type=file_to_write(".onnx", ".pt2"),
+        required=True,
+        metavar="FILE",
+        help="name.onnx or name.pt2",
+    )
     parser.add_argument(
         "--frames",
         type=positive,

@@ -17,6 +17,8 @@ from audiomae_kernels.fbank.reference import frame_sizes, frames_per_block
 from torch import Tensor
 from torch.nn import functional
 
+from .words import plural
+
 __all__ = ["FRONTENDS", "Frontend", "fbank", "num_frames"]
 
 
@@ -180,7 +182,7 @@ class Frontend:
             for clip, length in enumerate(lengths.tolist()):
                 if not frame <= length <= waveform.shape[1]:
                     raise ValueError(
-                        f"clip {clip} has {length} samples; expected at least {frame} (one frame of 25 ms) "
+                        f"clip {clip} has {plural(length, 'sample')}; expected at least {frame} (one frame of 25 ms) "
                         f"and at most {waveform.shape[1]}, the waveform's; pad it or leave it out"
                     )
         return lengths.to(waveform.device, non_blocking=True)

@@ -1,8 +1,9 @@
 """The common API of HEAR, the holistic evaluation of audio representations (Turian et al. 2022, arXiv 2203.03022).
 
-`audiomae.hear` is the module that the public evaluation kit takes:
+`audiomae.hear` is the module that the public evaluation kit takes. It imports TensorFlow, and the process crashes if
+PyTorch's Triton comes after that, so import this package first:
 
-    python -m heareval.embeddings.runner audiomae.hear --model FOLDER
+    python -c "import audiomae, heareval.embeddings.runner as kit; kit.runner()" audiomae.hear --model FOLDER
 
 Its specification: https://hearbenchmark.com/hear-api.html
 """
@@ -44,7 +45,7 @@ class HearModel(Embedder):
         return min(HOP_MS, self.step_ms)
 
 
-def load_model(model_file_path: str, **options: Any) -> HearModel:
+def load_model(model_file_path: str = "", **options: Any) -> HearModel:
     """The model in a folder, a published checkpoint or a hub id, on the CPU.
 
     Args:
@@ -53,7 +54,7 @@ def load_model(model_file_path: str, **options: Any) -> HearModel:
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: it holds no model, or an option is out of range.
+        ValueError: no name, no model in it, or an option that is out of range.
     """
     if not model_file_path:
         raise ValueError(

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
 
+from .words import plural
+
 Grid = tuple[int, int]
 
 
@@ -309,7 +311,7 @@ class Mask:
         check_ratio(strategy, ratio)
         if not isinstance(grid[0], int):
             if len(grid) != batch:
-                raise ValueError(f"a mask for {batch} clips needs as many grids, got {len(grid)}")
+                raise ValueError(f"a mask for {plural(batch, 'clip')} needs as many grids, got {len(grid)}")
             return RaggedMask.drawn(
                 grid, lambda rows, size: cls.draw(strategy, rows, size, ratio, generator, device)
             )
@@ -370,7 +372,7 @@ class RaggedMask(Mask):
             )
         if len(ids_keep) != len(num_tokens) or not len(ids_keep):
             raise ValueError(
-                f"a number of tokens belongs to each clip, got {len(num_tokens)} for {len(ids_keep)} clips"
+                f"a number of tokens belongs to each clip, got {len(num_tokens)} for {plural(len(ids_keep), 'clip')}"
             )
         return cls.join([Mask.from_keep(ids[None], n) for ids, n in zip(ids_keep, num_tokens, strict=True)])
 

@@ -40,6 +40,7 @@ from .masking import Grid, Mask, RaggedMask
 from .pretrained import PretrainedMixin
 from .ragged import Clips, Rows, as_ragged, ragged_info_nce, runs
 from .recompute import again
+from .words import plural
 
 MAX_FLAT_TOKENS = 48000  # MAE-AST's published table of 1-D positions
 
@@ -885,7 +886,9 @@ class SpectrogramModel(nn.Module, PretrainedMixin):
         rows = getattr(self.config, "masks_per_clip", 1)
         clips = self.clips(lengths)
         if clips is not None and len(clips.frames) != batch:
-            raise ValueError(f"a mask for {batch} clips needs as many lengths, got {len(clips.frames)}")
+            raise ValueError(
+                f"a mask for {plural(batch, 'clip')} needs as many lengths, got {len(clips.frames)}"
+            )
         if clips is None:
             return self._draw_mask(batch * rows, self.config.grid(frames), generator, device)
         grids = [grid for grid in clips.grids for _ in range(rows)]
@@ -1158,12 +1161,12 @@ def check_spectrogram(
         )
     filled = lengths is not None and c.pad == "exclude"
     if frames < (1 if filled else c.patch[0]):
-        raise ValueError(f"a clip needs at least {c.patch[0]} frames (one patch), got {frames}")
+        raise ValueError(f"a clip needs at least {plural(c.patch[0], 'frame')} (one patch), got {frames}")
     grid, limit = c.grid(frames), encoder.positions.max_steps
     if (limit is not None and grid[0] > limit) or grid[0] * grid[1] > MAX_FLAT_TOKENS:
         reach = f"{c.frames} frames" if limit is not None else f"{MAX_FLAT_TOKENS} tokens"
         raise ValueError(
-            f"a clip of {frames} frames is longer than the model's positions, which reach {reach}: "
+            f"a clip of {plural(frames, 'frame')} is longer than the model's positions, which reach {reach}: "
             "cut the clip, or create the model with a larger frames="
         )
     if lengths is not None:
@@ -1210,7 +1213,9 @@ def check_mask(mask: Mask, spectrogram: Tensor, c: EncoderConfig, clips: Clips |
                 f"{grid[0]} x {grid[1]} = {grid[0] * grid[1]}"
             )
     if rows == 0 or rows % batch:
-        raise ValueError(f"the mask has {rows} rows, which is no multiple of the batch of {batch} clips")
+        raise ValueError(
+            f"the mask has {plural(rows, 'row')}, which is no multiple of the batch of {plural(batch, 'clip')}"
+        )
     if clips is not None:
         wanted = tuple(n for n in clips.tokens for _ in range(rows // batch))
         given = as_ragged(mask).tokens

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,33 @@ from typing import Any
 
 import torch
 
-from .config import list_models
+from .config import is_name, list_models
 from .create import create_model, load
 from .data import AudioError, Source, load_crop, open_source
 from .model import SpectrogramModel
+from .words import plural
+
+
+class UsageError(ValueError):
+    """The words of the command line are wrong by themselves, whatever is on the disk."""
 
 
 def positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)
+
+
+def file_to_write(*suffixes: str) -> Callable[[str], Path]:
+    """For argparse: a path whose suffix says the format."""
+
+    def path(text: str) -> Path:
+        if Path(text).suffix not in suffixes:
+            known = " or ".join(filter(None, suffixes))
+            raise argparse.ArgumentTypeError(f"{text}: the suffix says the format, and should be {known}")
+        return Path(text)
+
+    return path
 
 
 def layer(text: str) -> int | str:
@@ -78,18 +96,22 @@ def overrides(options: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None}
 
 
-def open_model(source: str | Path, options: argparse.Namespace, random: str = "") -> SpectrogramModel:
+def open_model(
+    source: str | Path, options: argparse.Namespace, random: str = "it has learned nothing"
+) -> SpectrogramModel:
     """The model that the options name. A bare name has random weights, of which `random` is said on stderr.
 
     Raises:
-        ValueError: options that do not go with this source.
+        UsageError: options that do not go with a name.
+        ValueError: or with this folder.
     """
     given = overrides(options)
-    if str(source) in list_models() and random and not Path(source).exists():
+    if is_name(source):
         if given:
-            raise ValueError(f"the name {source} says all of the model: leave out what describes a file")
-        print(f"{source} has random weights: {random}", file=sys.stderr)
-        return create_model(str(source))
+            raise UsageError(f"the name {source} says all of the model: leave out what describes a file")
+        beside = f"; ./{source} names what is here" if Path(source).exists() else ""
+        print(f"{source} has random weights: {random}{beside}", file=sys.stderr)
+        return create_model(source)
     if Path(source).is_dir() and given:
         raise ValueError(
             f"{source} is a folder of ours, whose config.json says all of the model: leave out what describes "
@@ -109,11 +131,16 @@ def check_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def check_writable(out: Path) -> None:
+def check_writable(out: Path, name: str = "--out") -> None:
+    """Refuses a file that cannot be written, before there is anything to lose."""
     if out.is_dir():
-        raise IsADirectoryError(f"--out is a file to write, but {out} is a folder")
+        raise IsADirectoryError(f"{name} is a file to write, but {out} is a folder")
     if not out.parent.is_dir():
-        raise FileNotFoundError(f"the folder {out.parent} of --out does not exist")
+        raise FileNotFoundError(f"the folder {out.parent} of {name} does not exist: make it first")
+    try:
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise OSError(f"{name} {out} cannot be written: {error.strerror}; choose another") from error
 
 
 @contextmanager
@@ -151,7 +178,7 @@ class Recording:
             waveform = load_crop(file, sample_rate, name=self.name)
         if len(waveform) < sample_rate // 40:
             raise AudioError(
-                f"{self.name}: {len(waveform)} samples at {sample_rate} Hz are too short, a frame is 25 ms"
+                f"{self.name}: {plural(len(waveform), 'sample')} at {sample_rate} Hz: too short, a frame is 25 ms"
             )
         return waveform
 

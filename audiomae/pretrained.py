@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import config as configs
+from .words import plural
 
 if TYPE_CHECKING:
     from .model import SpectrogramModel
@@ -159,7 +160,7 @@ class PretrainedMixin(
 
 
 def load_folder(folder: Path, overrides: dict[str, Any]) -> SpectrogramModel:
-    """The model in a folder written by `save_pretrained`, some fields of its configuration replaced.
+    """The model in a folder written by `save_pretrained`, or by a run, some fields of its configuration replaced.
 
     Also published weights beside a configuration of somebody else's (timm's); the overrides are those of
     `audiomae.from_upstream` then. `decoder="none"` leaves the decoder of a pre-trained model out.
@@ -168,6 +169,7 @@ def load_folder(folder: Path, overrides: dict[str, Any]) -> SpectrogramModel:
         FileNotFoundError: a file is missing.
         ValueError: the configuration or the weights are broken, hold NaN, or do not belong together.
     """
+    folder = _model_in(folder)
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}: it is no folder that save_pretrained wrote")
     settings = _read_json(folder / CONFIG)
@@ -201,6 +203,21 @@ def load_folder(folder: Path, overrides: dict[str, Any]) -> SpectrogramModel:
         except TypeError as error:
             raise ValueError(f"{folder / RECORD} is no record of a training run: {error}") from error
     return model
+
+
+def _model_in(folder: Path) -> Path:
+    """The folder itself, or where it is that of a run (`audiomae.train`), its model's."""
+    if (folder / CONFIG).is_file() or (folder / "model" / CONFIG).is_file():
+        return folder if (folder / CONFIG).is_file() else folder / "model"
+    if (folder / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"{folder} holds a run that has not come to its end, and has no model yet: go on with it with --resume"
+        )
+    if (folder / "fold-1").is_dir():
+        raise FileNotFoundError(
+            f"{folder} holds a run of all folds, which have a model each: name one, such as {folder / 'fold-1'}"
+        )
+    return folder
 
 
 def _load_published(folder: Path, overrides: dict[str, Any]) -> SpectrogramModel:
@@ -252,15 +269,19 @@ def _card_body(model: SpectrogramModel) -> str:
     lines = [
         f"# {type(model).__name__}, {c.family}",
         "",
-        f"{parameters:,} parameters: {c.depth} blocks of width {c.width} with {c.heads} heads, patches of {c.patch[0]} "
-        f"frames x {c.patch[1]} mel bins. Clips of {c.frames} frames (10 ms each), at {c.frontend.sample_rate} Hz.",
+        f"{parameters:,} parameters: {plural(c.depth, 'block')} of width {c.width} with "
+        f"{plural(c.heads, 'head')}, patches of {c.patch[0]} frames x {c.patch[1]} mel bins. "
+        f"Clips of {c.frames} frames (10 ms each), at {c.frontend.sample_rate} Hz.",
     ]
     if model.upstream is not None:
         lines += ["", f"Converted from a published checkpoint of {model.upstream.kind}."]
     lines += ["", "```python", "import audiomae", "", "model = audiomae.load(FOLDER_OR_HUB_ID)", "```"]
     if c.frontend.labels is not None:
         labels = c.frontend.labels
-        lines += ["", f"{len(labels)} labels: {', '.join(labels[:8])}" + (", ..." if len(labels) > 8 else "")]
+        lines += [
+            "",
+            f"{plural(len(labels), 'label')}: {', '.join(labels[:8])}" + (", ..." if len(labels) > 8 else ""),
+        ]
     lines += ["", "## Training", ""]
     if record is None:
         return "\n".join([*lines, "How these weights were trained is not recorded."])
@@ -286,7 +307,7 @@ def check_finite(state: dict[str, Tensor], source: object) -> None:
     """Refuses weights that a run that diverged has left behind, or that were made to harm."""
     bad = [name for name, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if bad:
-        raise ValueError(f"{source}: {len(bad)} tensors hold NaN or infinity, the first is {bad[0]}")
+        raise ValueError(f"{source}: NaN or infinity in {plural(len(bad), 'tensor')}, the first is {bad[0]}")
 
 
 def check_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], source: object) -> None:

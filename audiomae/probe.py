@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import AudioError, open_source
+from .data import labelled_folder
 from .embedding import Embedder
 from .options import (
     Recording,
@@ -30,27 +30,11 @@ from .options import (
     positive,
     replacing,
 )
+from .words import plural
 
-__all__ = ["LinearProbe", "folds", "labelled_folder", "nearest_neighbours", "probe"]
+__all__ = ["LinearProbe", "folds", "nearest_neighbours", "probe"]
 
 DECAYS = tuple(10.0**k for k in range(-4, 0))
-
-
-def labelled_folder(folder: Path) -> tuple[list[Recording], list[int], list[str]]:
-    """Recordings, class numbers and class names of a folder that holds a folder for each class.
-
-    Raises:
-        AudioError: fewer than two classes, or a class without recordings.
-    """
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if len(names) < 2:
-        raise AudioError(f"{folder}: should hold a folder of recordings for each of two or more classes")
-    recordings, labels = [], []
-    for number, name in enumerate(names):
-        source = open_source(folder / name)
-        recordings += [Recording(source[i].path, source, i) for i in range(len(source))]
-        labels += [number] * len(source)
-    return recordings, labels, names
 
 
 def folds(labels: Tensor, number: int, seed: int = 0) -> Tensor:
@@ -190,11 +174,11 @@ def add_command(commands: Any) -> None:
 
 
 def _probe(options: argparse.Namespace) -> int:
-    if not options.folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {options.folder}")
     if options.out is not None:
         check_writable(options.out)
-    recordings, labels, names = labelled_folder(options.folder)
+    source = labelled_folder(options.folder)
+    recordings = [Recording(clip.path, source, i) for i, clip in enumerate(source)]
+    labels, names = [clip.labels[0] for clip in source], source.label_names
     folds(torch.tensor(labels), options.folds, options.seed)
     device = check_device(options.device)
     embedder = Embedder(
@@ -213,7 +197,7 @@ def _probe(options: argparse.Namespace) -> int:
         rows.append(embedder(waveforms).cpu())
         kept += [number[recording.name] for recording in good]
     if not rows:
-        raise ValueError(f"none of {len(recordings)} recordings in {options.folder} could be used")
+        raise ValueError(f"none of {plural(len(recordings), 'recording')} in {options.folder} could be used")
     accuracies = probe(
         torch.cat(rows),
         kept,
@@ -238,7 +222,7 @@ def _probe(options: argparse.Namespace) -> int:
             "layer": options.layer,
             "seed": options.seed,
             "clips": len(kept),
-            "classes": names,
+            "classes": list(names),
             "left_out": failed,
             "accuracies": accuracies,
             "accuracy": mean,

@@ -13,9 +13,10 @@ import torch
 
 from .masking import STRATEGIES, Mask, check_ratio
 from .model import MaskedAutoencoder, SpectrogramModel
-from .options import Recording, add_model, check_device, check_writable, open_model, replacing
+from .options import Recording, add_model, check_device, check_writable, file_to_write, open_model, replacing
 from .picture import draw_reconstruction, reconstruct
 from .ssast import SSAST
+from .words import plural
 
 
 def add_command(commands: Any) -> None:
@@ -26,7 +27,9 @@ def add_command(commands: Any) -> None:
         "recording that is longer than the model is shown from --start on.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="a recording")
-    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
+    parser.add_argument(
+        "--out", type=file_to_write(".png"), required=True, metavar="PNG", help="picture to write"
+    )
     parser.add_argument(
         "--masking", choices=STRATEGIES, help="strategy; default: the one that the model is trained with"
     )
@@ -103,9 +106,14 @@ def _excerpt(file: Path, start: float, model: SpectrogramModel) -> torch.Tensor:
     frontend = dataclasses.replace(c.frontend, frames=None)
     spectrogram = frontend(Recording(str(file)).load(frontend.sample_rate))
     total, first = len(spectrogram), round(100 * start)
-    if not 0 <= first <= total - c.patch[0]:
+    if total < c.patch[0]:
         raise ValueError(
-            f"{file}: has {total} frames of 10 ms, and none of {c.patch[0]} (one patch) begins at {start:g} s"
+            f"{file} is too short: it has {plural(total, 'frame')} of 10 ms, and this model sees {c.patch[0]} at least"
+        )
+    last = (total - c.patch[0]) / 100
+    if not 0 <= start <= last:
+        raise ValueError(
+            f"--start {start:g} must lie between 0 and {last:g}, where the last patch of {file} begins"
         )
     spectrogram = spectrogram[first : first + c.frames]
     if total - first > c.frames:

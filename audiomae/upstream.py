@@ -26,6 +26,7 @@ from .config import MODELS, ClassifierConfig, Config, MAEConfig, SSASTConfig, re
 from .model import MAX_FLAT_TOKENS, MaskedAutoencoder, SpectrogramModel, same_table, sincos_2d, sinusoids_1d
 from .pretrained import Upstream, build, check_finite, read_safetensors
 from .ssast import SSAST
+from .words import plural
 
 State = dict[str, Tensor]
 
@@ -246,7 +247,7 @@ def from_upstream(state_dict: State, **overrides: Any) -> MaskedAutoencoder | SS
     missing = [name for rule in rules for name in rule.theirs if name not in state]
     if missing:
         raise ValueError(
-            f"this looks like a checkpoint of {kind}, but {len(missing)} tensors are missing: {_listed(missing)}"
+            f"this looks like a checkpoint of {kind}, but it lacks {plural(len(missing), 'tensor')}: {_listed(missing)}"
         )
     with torch.device("meta"):  # shapes first: nothing is allocated before everything fits
         expected = build(config).state_dict()
@@ -273,8 +274,8 @@ def recognize(state: State) -> str:
             headless = kind == AUDIOMAE_FINETUNED and not any(name.startswith("head.") for name in state)
             return AUDIOMAE_POOLED if headless else kind
     raise ValueError(
-        f"this state dict matches no known model. None of its {len(state)} keys ({_listed(list(state))}) starts "
-        f"like {', '.join(f'{mark}* ({kind})' for mark, kind in _KINDS.items())}"
+        f"this state dict matches no known model. None of its {plural(len(state), 'key')} ({_listed(list(state))}) "
+        f"starts like {', '.join(f'{mark}* ({kind})' for mark, kind in _KINDS.items())}"
     )
 
 

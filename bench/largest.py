@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
+from audiomae.words import plural
+
 from . import device as devices
-from . import report, results, timing
+from . import report, results
 from .memory import peak_bytes
 from .models import Options
 from .registry import DEFAULT_MODELS, FULL_GROUPS, Case, cases, quick_points
@@ -121,7 +123,7 @@ def run(options: Options, started: float, budget: int | None) -> Path:
     rows = [
         row for p in points for row in cases(models, options.dtypes, p, options.providers, options.overrides)
     ]
-    progress(f"{timing.plural(len(rows), 'row')}, a budget of {budget / 1e9:.2f} GB each")
+    progress(f"{plural(len(rows), 'row')}, a budget of {budget / 1e9:.2f} GB each")
 
     def measure(case: Case) -> int:
         return peak_bytes(case, device.type, torch.get_num_threads(), case.frames, budget)
@@ -139,7 +141,7 @@ def run(options: Options, started: float, budget: int | None) -> Path:
                 write.add("trial", peak, "bytes", **{**columns, "batch": batch})
                 outcome = "does not fit" if peak is None or peak > budget else "fits"
                 size = "" if peak is None else f", {peak / 1e6:,.0f} MB"
-                progress(f"{case.label}, {case.mode}: {timing.plural(batch, 'clip')}{size}: {outcome}")
+                progress(f"{case.label}, {case.mode}: {plural(batch, 'clip')}{size}: {outcome}")
 
             progress(f"row {number} of {len(rows)}")
             add = partial(write.add, **columns)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from audiomae.words import plural
+
 from . import device as devices
 from . import report, results, roofline, timing
 from .data import spectrograms
@@ -446,9 +448,7 @@ def measure_group(
         left = end - ceiling_seconds - progress.elapsed
         rounds = max(1, min(rounds, int(left / round_seconds))) if round_seconds else rounds
     progress.total = progress.elapsed + rounds * round_seconds + ceiling_seconds
-    progress(
-        f"timing: up to {timing.plural(rounds, 'interleaved round')} of {timing.plural(len(good), 'row')}"
-    )
+    progress(f"timing: up to {plural(rounds, 'interleaved round')} of {plural(len(good), 'row')}")
     begin = progress.elapsed
 
     def another(done: int) -> bool:
@@ -549,7 +549,7 @@ def run(options: Options, started: float) -> Path:
     rounds = options.rounds or (FULL_ROUNDS if options.full else QUICK_ROUNDS)
     limited = hurried(options, device) and options.rounds is None
     if finished:
-        progress(f"going on: {len(finished)} of {timing.plural(len(groups), 'group')} were finished before")
+        progress(f"going on: {len(finished)} of {plural(len(groups), 'group')} were finished before")
 
     with (
         reported(start, report.write, " and plots"),
@@ -574,7 +574,7 @@ def run(options: Options, started: float) -> Path:
                 share = max(1, asked - spent)
                 end = progress.elapsed + (QUICK_SECONDS - progress.elapsed) / share
             progress(
-                f"{_describe(group)}: {timing.plural(len(group.rows), 'row')}"
+                f"{_describe(group)}: {plural(len(group.rows), 'row')}"
                 + (f", group {group.number + 1} of {len(groups)}" if len(groups) > 1 else "")
             )
             setup, one_round = measure_group(
@@ -592,4 +592,4 @@ def run(options: Options, started: float) -> Path:
 def _describe(group: Group) -> str:
     point = group.point
     ratio = f", mask ratio {point.mask_ratio}" if point.mask_ratio is not None else ""
-    return f"{point.mode}, {timing.plural(point.batch, 'clip')} of {point.frames} frames{ratio}"
+    return f"{point.mode}, {plural(point.batch, 'clip')} of {point.frames} frames{ratio}"

@@ -22,17 +22,17 @@ from audiomae.data import (
     ClipSampler,
     Source,
     load_audio,
-    load_crop,
     make_loader,
     open_source,
     recordings,
 )
+from audiomae.words import plural
 
 from . import device as devices
 from . import results
 from .report import environment as describe_environment
 from .report import markdown, warnings, with_spread, within_rounds
-from .timing import Progress, ProviderError, interleave, measure_cpu, plural, quantile, spread
+from .timing import Progress, ProviderError, interleave, measure_cpu, quantile, spread
 
 COLUMNS = [*results._RUN, "stage", "kind", "workers", "clips", *results._MEASUREMENT, *results._ENVIRONMENT]
 
@@ -104,13 +104,22 @@ def write_recordings(folder: Path, count: int) -> dict[str, Source]:
     return sources
 
 
+def first_clips(whole: Source, count: int) -> Source:
+    """A source of the first clips of another, which opens them: those of shards are no files."""
+    part = Source(whole.name, (whole[i] for i in range(min(count, len(whole)))), whole.label_names)
+    part.file = whole.file
+    return part
+
+
 def check_fbank(waveform: torch.Tensor) -> None:
     """Raises ProviderError unless batched fbank is as near float64 as torchaudio's on average, or a quarter farther."""
     double = kaldi_loop(waveform.double())
     errors = [(run(waveform).double() - double).abs().mean().item() for run in (batched, kaldi_loop)]
     rounding = torch.finfo(torch.float32).eps * double.abs().max().item()
     if not errors[0] <= 1.25 * errors[1] + rounding:
-        raise ProviderError(f"batched fbank is off by {errors[0]:.2g} on average, torchaudio's by {errors[1]:.2g}")
+        raise ProviderError(
+            f"batched fbank is off by {errors[0]:.2g} on average, torchaudio's by {errors[1]:.2g}"
+        )
 
 
 def kaldi_loop(waveform: torch.Tensor) -> torch.Tensor:
@@ -153,18 +162,19 @@ def _alone(run: Callable[[], object]) -> Callable[[], object]:
 
 def _decoded(source: Source, seconds: float) -> list[tuple[torch.Tensor, int]]:
     """(waveform, Hz) of a crop of each clip, at its own rate."""
-    from audiomae.data.audio import open_audio
+    from audiomae.data.audio import open_audio, read_crop
 
     found = []
     for i, clip in enumerate(source):
         file = source.file(i)
-        with nullcontext(file) if isinstance(file, str) else file as opened:
-            with open_audio(opened, clip.path) as reader:
-                rate = reader.sample_rate
+        with (
+            nullcontext(file) if isinstance(file, str) else file as opened,
+            open_audio(opened, clip.path) as reader,
+        ):
+            rate = reader.sample_rate
             count = int(seconds * rate)
-            found.append(
-                (load_crop(opened, rate, count, _offset(i, reader.samples, count), name=clip.path), rate)
-            )
+            start = _offset(i, reader.samples, count)
+            found.append((read_crop(reader, start, count, rate, clip.path), rate))
     return found
 
 
@@ -294,7 +304,7 @@ def run(options: Options, started: float) -> Path:
             sources = write_recordings(Path(folder), 16)
         else:
             whole = open_source(options.source)
-            sources = {whole.name: Source(whole.name, [whole[i] for i in range(min(64, len(whole)))])}
+            sources = {whole.name: first_clips(whole, 64)}
         progress("check: batched fbank against torchaudio's, in float64")
         stages = fbank_stages(FBANK_CLIPS, device)
         for kind, source in sources.items():

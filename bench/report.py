@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from audiomae.words import plural
+
 from . import results
 from .registry import PROVIDER_NAMES
-from .timing import plural, quantile, spread
+from .timing import quantile, spread
 
 _KEY = ("group", "model", "passes", "provider", "dtype", "mode", "batch", "frames", "mask_ratio")
 _TITLES = {

@@ -54,10 +54,6 @@ class Progress:
         print(f"[{self.elapsed:6.1f}{total} s] {text}", flush=True)
 
 
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
 def describe(error: BaseException) -> str:
     """One line for the table."""
     text = str(error).strip()

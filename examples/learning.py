@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch.nn import functional
 
 import audiomae
-from audiomae.data import load_batch, open_source
+from audiomae.data import labelled_folder, load_batch
 from audiomae.train import TrainConfig, pretrain
 
 RATE = 16_000
@@ -127,16 +127,6 @@ def write_sounds(folder, clips):
 # -- measuring -----------------------------------------------------------------------------------------------
 
 
-def labelled(folder):
-    """Paths and class numbers of the recordings in a folder of folders, and the classes' names."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if len(names) < 2:
-        raise SystemExit(f"{folder} should hold a folder of recordings for each of two or more labels")
-    files = [(Path(clip.path), i) for i, name in enumerate(names) for clip in open_source(folder / name)]
-    paths, labels = zip(*files, strict=True)
-    return list(paths), torch.tensor(labels), names
-
-
 @torch.inference_mode()
 def spectrograms(paths, frontend):
     """(clips, frames, 128)."""
@@ -229,14 +219,16 @@ def prepare(options):
         folder = options.out / "sounds"
         shutil.rmtree(folder, ignore_errors=True)
         write_sounds(folder, options.clips)
-    paths, labels, names = labelled(folder)
+    source = labelled_folder(folder)
+    paths = [Path(clip.path) for clip in source]
+    labels = torch.tensor([clip.labels[0] for clip in source])
     # Clip by clip: recordings have lengths of their own.
     raw = torch.cat(
         [spectrograms([path], audiomae.Frontend())[0] for path in paths[:: max(1, len(paths) // 300)]]
     )
     mean, std = raw.mean().item(), raw.std().item()
     inputs = spectrograms(paths, audiomae.Frontend(mean=mean, std=std, frames=FRAMES))
-    return Recordings(folder, paths, labels, names, mean, std, inputs)
+    return Recordings(folder, paths, labels, list(source.label_names), mean, std, inputs)
 
 
 def pretrain_on(recordings, train, run, seed, steps, fields=MODEL):

@@ -4,22 +4,22 @@ FOLDER holds a folder of recordings for each class. WEIGHTS is a folder, a publi
 """
 
 import sys
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch.utils.data import DataLoader
 
 import audiomae
-from audiomae.data import load_batch, open_source
+from audiomae.data import labelled_folder, load_batch
 
 
 def train(folder, weights=None, epochs=3, **overrides):
-    folder = Path(folder)
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    clips = [(clip.path, i) for i, name in enumerate(names) for clip in open_source(folder / name)]
+    source = labelled_folder(folder)
+    clips, names = [(clip.path, clip.labels[0]) for clip in source], source.label_names
     model = audiomae.create_classifier(
         "audiomae_small", num_classes=len(names), frames=512, pretrained=weights, drop_path=0.1, **overrides
     )
+    model.config.frontend = replace(model.config.frontend, labels=names)  # saved with the weights
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
     loader = DataLoader(
         clips, batch_size=8, shuffle=True, collate_fn=lambda rows: tuple(zip(*rows, strict=True))

@@ -99,9 +99,9 @@ def run(capsys):
 def refused(run):
     """Runs a command that must fail with one sentence about its cause; returns the sentence."""
 
-    def refused(*arguments):
-        status, _, err = run(*arguments)
-        assert status == 1
+    def refused(*arguments, status=1):
+        found, _, err = run(*arguments)
+        assert found == status
         assert err.startswith(f"audiomae {arguments[0]}: ") and err.count("\n") == 1 and len(err) < 400, err
         return err
 

@@ -1,5 +1,6 @@
 """Tiny pre-training runs, in this process or in processes of their own."""
 
+import logging
 import multiprocessing
 import os
 import socket
@@ -117,6 +118,13 @@ def _rank(queue, function, rank, environment, arguments):
 
 
 def run(rank, config):
+    pretrain(config)
+
+
+def run_and_note(rank, config, path):
+    """`run`, with what is said of recordings in a file for each process."""
+    handler = logging.FileHandler(f"{path}.{rank}")
+    logging.getLogger("audiomae.data").addHandler(handler)
     pretrain(config)
 
 

@@ -4,11 +4,15 @@ import os
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
 from audiomae_kernels import FRONT_END, OPS, _native
 from cli_cases import KINDS, SOUNDS, files_below, state_dict
+
+import audiomae
+from audiomae import options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,6 +49,8 @@ def test_a_reader_that_has_seen_enough():
         ("embed", "a.wav"),
         ("embed", "a.wav", "--model", "m", "--batch-size", "0"),
         ("embed", "a.wav", "--model", "m", "--batch-size", "²"),
+        ("embed", "a.wav", "--model", "m", "--out", "e.csv"),
+        ("export", "--model", "m", "--out", "m.pt"),
         ("convert", "a.pth"),
         ("verify", "a.pth", "--tokens", "word"),
         ("verify", "a.pth", "--stride", "10"),
@@ -155,7 +161,7 @@ def test_verify_refuses_nan(refused, run, tmp_path):
         state["blocks.1.mlp.fc2.weight"][3, 5] = value
         torch.save(state, tmp_path / "nan.pth")
         message = refused("verify", tmp_path / "nan.pth")
-        assert "1 tensors hold NaN or infinity" in message and "encoder.blocks.1.mlp.fc2.weight" in message
+        assert "NaN or infinity in 1 tensor" in message and "encoder.blocks.1.mlp.fc2.weight" in message
 
 
 def test_verify_refuses_a_model_that_overflows(refused, tmp_path):
@@ -195,7 +201,7 @@ def refused_inputs(folder):
         "evil.pth": ([], "it holds posix.system" if os.name == "posix" else "it holds nt.system"),
         "resnet.pth": ([], "layer1.weight"),
         "mae_ast.pt": ([], 'tokens="patch" or tokens="frame"'),
-        "missing.pth": ([], "1 tensors are missing: decoder_pred.bias"),
+        "missing.pth": ([], "lacks 1 tensor: decoder_pred.bias"),
         "shape.pth": ([], "decoder_pred.bias (3,)"),
     } | {
         "shape.pth ": (["--num-heads", "3"], "heads=3"),
@@ -251,7 +257,102 @@ def test_convert_writes_over_nothing_unless_forced(run, refused, checkpoints, tm
 
 def test_names_are_no_checkpoints(refused):
     assert "there is no file or folder nowhere/at/all" in refused("verify", "nowhere/at/all")
-    assert "audiomae_base names an untrained model" in refused("verify", "audiomae_base")
+
+
+# -- names, folders, folders of runs -------------------------------------------------------------------------
+
+NAME = "ssast_frame_tiny"
+
+
+@pytest.fixture
+def small_models(monkeypatch):
+    """Named models are made small: what counts here is that they are made."""
+    create = options.create_model
+    monkeypatch.setattr(
+        options, "create_model", lambda name, **given: create(name, depth=1, frames=64, **given)
+    )
+
+
+@pytest.mark.usefixtures("small_models")
+def test_every_command_takes_a_name(run, refused, tmp_path):
+    """And says that its weights are random."""
+    sound, out = SOUNDS[0], tmp_path / "out"
+    for words in (
+        ("verify", NAME),
+        ("embed", sound, "--model", NAME, "--out", f"{out}.npz"),
+        ("reconstruct", sound, "--model", NAME, "--out", f"{out}.png"),
+        ("export", "--model", NAME, "--out", f"{out}.pt2"),
+    ):
+        status, _, err = run(*words)
+        assert status == 0 and err.startswith(f"{NAME} has random weights: "), words
+    status, _, err = run("tag", sound, "--model", NAME)
+    assert status == 1 and "which has no classes" in err
+    assert "leave out what describes a file" in refused("verify", NAME, "--num-heads", "3", status=2)
+
+
+@pytest.mark.usefixtures("small_models")
+def test_a_name_and_a_folder_of_that_name(run, checkpoints, tmp_path, monkeypatch):
+    """The name is the name wherever a command is started; ./name and a Path are the folder."""
+    monkeypatch.chdir(tmp_path)
+    assert run("convert", checkpoints["encoder"], NAME)[0] == 0
+    folder = torch.load(checkpoints["encoder"])["model"]["norm.weight"].numel()
+    for source, width in ((NAME, 192), (f"./{NAME}", folder)):
+        status, out, err = run("verify", source)
+        assert status == 0 and f"({width} wide" in out, source
+        assert (f"; ./{NAME} names what is here" in err) == (source == NAME)
+    assert audiomae.Embedder(Path(NAME)).width == folder != audiomae.Embedder(NAME, depth=1).width
+    assert audiomae.load(NAME).config.width == folder  # which takes no names
+
+
+def test_the_folder_of_a_run_is_its_model(run, refused, checkpoints, tmp_path):
+    mine = tmp_path / "mine"
+    (mine / "checkpoints").mkdir(parents=True)
+    assert "has not come to its end, and has no model yet: go on with it" in refused("verify", mine)
+    assert run("convert", checkpoints["finetuned"], mine / "model")[0] == 0
+    verified = [run("verify", path) for path in (mine, mine / "model")]
+    assert verified[0] == verified[1] and verified[0][0] == 0
+    tagged = [run("tag", SOUNDS[0], "--model", path)[1] for path in (mine, mine / "model")]
+    assert tagged[0] == tagged[1]
+    for words in (
+        ("embed", SOUNDS[0], "--model", mine, "--out", tmp_path / "e.npz"),
+        ("export", "--model", mine, "--out", tmp_path / "m.pt2"),
+        ("convert", mine, tmp_path / "back.pth"),
+    ):
+        assert run(*words)[0] == 0, words
+    assert type(audiomae.Classifier.from_pretrained(mine)) is audiomae.Classifier
+    assert audiomae.create_classifier(None, 3, frames=None, pretrained=mine).config.num_classes == 3
+    (tmp_path / "folds" / "fold-1").mkdir(parents=True)
+    assert "name one, such as" in refused("verify", tmp_path / "folds")
+
+
+# -- what cannot be written ----------------------------------------------------------------------------------
+
+
+def test_a_place_that_takes_no_file(refused, checkpoints, tmp_path):
+    """Told before anything is loaded, in one sentence."""
+    place = Path("/proc")  # even root cannot write there
+    model = ["--model", tmp_path / "no-such-model.pth"]
+    (tmp_path / "model").mkdir()
+    for words in (
+        ("embed", SOUNDS[0], *model, "--out", place / "e.npz"),
+        ("reconstruct", SOUNDS[0], *model, "--out", place / "p.png"),
+        ("export", *model, "--out", place / "m.onnx"),
+        ("probe", tmp_path, *model, "--out", place / "r.json"),
+        ("convert", tmp_path / "model", place / "m.pth"),
+    ):
+        message = refused(*words)
+        assert f"{words[-1]} cannot be written: " in message and "Errno" not in message, message
+    train = ("--model", NAME, "--steps", 1, "--batch-size", 1, "--workers", 0)
+    for words in (
+        ("prepare", SOUNDS[0].parent, "--out", place / "no"),
+        ("convert", checkpoints["encoder"], place / "no"),
+        ("pretrain", "--data", SOUNDS[0].parent, *train, "--out", place / "no"),
+    ):
+        message = refused(*words)
+        assert "/proc/no" in message and "Errno" not in message, message
+
+
+# -- the hub -------------------------------------------------------------------------------------------------
 
 
 def test_a_hub_id_out_of_reach(refused, monkeypatch):

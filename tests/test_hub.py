@@ -56,7 +56,7 @@ def test_push_and_load(hub):
         "Recipe `audiomae_base.esc50`.",
         "| steps | 100 |",
         "| accuracy | 0.9123 |",
-        "2 blocks of width 64 with 1 heads",
+        "2 blocks of width 64 with 1 head",
     ):
         assert line in card, line
     for load in (audiomae.load, audiomae.Classifier.from_pretrained):

@@ -9,7 +9,7 @@ from pretraining import MODELS
 
 import audiomae
 from audiomae import Mask
-from audiomae.data import load_audio
+from audiomae.data import load_audio, recordings
 from audiomae.train import draw_reconstruction, reconstruct
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,7 +127,13 @@ def test_reconstruct_with_a_masking_by_name(run, refused, checkpoints, tmp_path)
     assert "masks none" in refused("reconstruct", SOUNDS[2], *arguments[2:], "--masking", "time")
     assert "takes one ratio" in refused(*arguments, "--masking", "time", "--mask-ratio", 0.5, 0.25)
     assert "both excluded" in refused(*arguments, "--mask-ratio", 1.0)
-    assert "begins at 9 s" in refused(*arguments, "--start", 9)
+    message = refused(*arguments, "--start", 9)
+    assert f"--start 9 must lie between 0 and 0.69, where the last patch of {SOUNDS[0]} begins" in message
+    (bell,) = (path for path in recordings() if path.stem == "sound-bell")
+    message = refused("reconstruct", bell, *arguments[2:])
+    assert f"{bell} is too short: it has 12 frames of 10 ms, and this model sees 16 at least" in message
+    status, _, err = run(*arguments[:-1], tmp_path / "pic.xyz")
+    assert status == 2 and "pic.xyz: the suffix says the format, and should be .png" in err
     assert "no file" in refused("reconstruct", tmp_path / "no.wav", *arguments[2:])
     arguments[3] = checkpoints["finetuned"]
     assert "without a decoder" in refused(*arguments)

@@ -67,9 +67,10 @@ def named(cases):
 LOOPS = "audiomae (pretrain|finetune|evaluate)"
 COMMANDS = [(page, line) for page, line in lines("audiomae ") if not re.match(LOOPS, line)]
 TRAINING = [line for page, line in lines(r"(torchrun .*)?(-m )?audiomae pretrain")]
+TEXTS["kernels/README.md"] = (ROOT / "kernels/README.md").read_text()
 SNIPPETS = [
     (page, i)
-    for page in PAGES
+    for page in [*PAGES, "kernels/README.md"]
     if page not in ELSEWHERE
     for i, (language, _) in enumerate(blocks(page))
     if language == "python"

@@ -161,13 +161,11 @@ def test_missing_extra_and_misshapen(folder):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers(folder, tmp_path, value):
     change(folder, encoder__norm__bias=torch.full((32,), value))
-    refused(folder, "1 tensors hold NaN or infinity, the first is encoder.norm.bias")
+    refused(folder, "NaN or infinity in 1 tensor, the first is encoder.norm.bias")
     state = state_dict("window")
     state["blocks.1.attn.qkv.weight"][3, 5] = value
     torch.save({"model": state}, tmp_path / "published.pth")
-    refused(
-        tmp_path / "published.pth", "1 tensors hold NaN or infinity, the first is encoder.blocks.1.attn.qkv"
-    )
+    refused(tmp_path / "published.pth", "NaN or infinity in 1 tensor, the first is encoder.blocks.1.attn.qkv")
 
 
 # -- configurations ------------------------------------------------------------------------------------------

@@ -47,11 +47,11 @@ DAMAGE = {
     "data_mp3": "cut short|none could be decoded|cannot be decoded",
     "extension": "cannot be decoded",
     "nan": "NaN",
-    "zero_hertz": "cannot be decoded",
+    "zero_hertz": "cannot be decoded: its header states no sample rate",
     "one_sample": "fewer than one frame",
     "unreadable": "Permission denied|Input/output error",
     "missing": "no such file",
-    "folder": "no such file",
+    "folder": "is a folder",
 }
 
 

@@ -5,7 +5,7 @@ from audiomae.data.augment import Augment, smooth, spec_augment, spectrogram_noi
 from audiomae.data.dataset import Batch, ClipDataset, FailureLog, Sample, collate, make_loader
 from audiomae.data.pack import prepare
 from audiomae.data.sampler import BalancedSampler, ClipSampler, RepeatingSampler
-from audiomae.data.sources import Clip, Source, open_source
+from audiomae.data.sources import Clip, Source, labelled_folder, open_source
 
 __all__ = [
     "AudioError",
@@ -21,6 +21,7 @@ __all__ = [
     "Source",
     "collate",
     "decode",
+    "labelled_folder",
     "load_audio",
     "load_batch",
     "load_crop",

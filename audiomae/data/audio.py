@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from audiomae.frontend import Frontend
+from audiomae.words import plural
 
 __all__ = ["AudioError", "decode", "load_audio", "load_batch", "load_crop", "open_audio", "recordings"]
 
@@ -80,11 +81,13 @@ class Reader(Protocol):
         sample_rate: in Hz.
         samples: per channel, as the file states it.
         slack: how many of them may be missing without the file being damaged.
+        suffix: what names of such files end with; "" where that is not known.
     """
 
     sample_rate: int
     samples: int
     slack: int
+    suffix: str
 
     def read(self, start: int, count: int) -> Tensor:
         """(up to `count`, C) float32 from sample `start` on."""
@@ -95,6 +98,7 @@ class _Soundfile:
         self.file = file
         self.sample_rate, self.samples = file.samplerate, file.frames
         self.slack = _MPEG_SLACK if "MPEG" in file.subtype or file.format in ("MP3", "MPEG") else 0
+        self.suffix = ".wav" if file.format == "WAVEX" else f".{file.format.lower()}"
 
     def read(self, start: int, count: int) -> Tensor:
         if start:
@@ -104,6 +108,8 @@ class _Soundfile:
 
 class _Torchcodec:
     """Places in Matroska files are those of its timestamps: up to a millisecond off."""
+
+    suffix = ""
 
     @classmethod
     def open(cls, file: str | os.PathLike | BinaryIO) -> "_Torchcodec":
@@ -123,9 +129,7 @@ class _Torchcodec:
         self.decoder = decoder
         self.sample_rate = decoder.metadata.sample_rate
         seconds = decoder.metadata.duration_seconds
-        if seconds is None:  # a stream that was never finished: only decoding it tells
-            seconds = decoder.get_all_samples().duration_seconds
-        self.samples = round(seconds * self.sample_rate)
+        self.samples = self._find_end() if seconds is None else round(seconds * self.sample_rate)
         self.slack = self.sample_rate // 10  # containers state durations of packets, encoder delay included
 
     def read(self, start: int, count: int) -> Tensor:
@@ -134,19 +138,47 @@ class _Torchcodec:
         )
         return chunk.data.T[:count]
 
+    def _find_end(self) -> int:
+        """Samples of a stream that was never finished and states no duration: up to a second without any.
+
+        Doubling and bisection decode a few of its seconds where decoding tells, not all.
+        """
+        rate = self.sample_rate
+
+        def heard(second: int) -> int:
+            try:
+                return len(self.read(second * rate, rate))
+            except RuntimeError:  # so torchcodec says that nothing is there
+                return 0
+
+        low, high = 0, 1
+        while heard(high):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if heard(middle) else (low, middle)
+        return low * rate + heard(low)
+
+
+def check_file(path: str | os.PathLike, name: str) -> None:
+    if not os.path.isfile(path):
+        raise AudioError(f"{name}: {'is a folder, no file' if os.path.isdir(path) else 'no such file'}")
+
 
 def _open(file: str | os.PathLike | BinaryIO, name: str) -> tuple[Reader, Any]:
     """The reader, and what has to be closed."""
     soundfile = _extra("soundfile")
     is_path = isinstance(file, (str, os.PathLike))
-    if is_path and not os.path.isfile(file):
-        raise AudioError(f"{name}: no such file")
+    if is_path:
+        check_file(file, name)
     try:
         # As bytes, since soundfile encodes strictly and file names need not be Unicode.
         opened = soundfile.SoundFile(os.fsencode(file) if is_path and os.name == "posix" else file)
         return _Soundfile(opened), opened
     except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: .raw, which has no header
         reason = re.sub(r"^Error opening .*?: ", "", str(error)).rstrip(".") or "damaged"
+        if "SF_INFO struct incomplete" in reason:  # libsndfile's word for a zero in it
+            reason = "its header states no sample rate, or no channels"
     try:  # libsndfile's words for what the system refuses are vague
         with open(file, "rb") if is_path else nullcontext(file) as content:
             content.seek(0)
@@ -201,7 +233,9 @@ def open_audio(file: str | os.PathLike | BinaryIO, name: str | None = None) -> I
 def _read(reader: Reader, start: int, count: int, name: str) -> Tensor:
     """(S,) float32: the mean over the channels of what there is of `count` samples from `start` on."""
     if start >= reader.samples:
-        raise AudioError(f"{name}: has {reader.samples} samples, nothing to read from sample {start} on")
+        raise AudioError(
+            f"{name}: has {plural(reader.samples, 'sample')}, nothing to read from sample {start} on"
+        )
     expected = min(count, reader.samples - start)
     try:
         channels = reader.read(start, expected)
@@ -211,11 +245,11 @@ def _read(reader: Reader, start: int, count: int, name: str) -> Tensor:
         ) from error
     if len(channels) == 0:
         raise AudioError(
-            f"{name}: its header promises {reader.samples} samples, but none could be decoded from {start} on"
+            f"{name}: its header promises {plural(reader.samples, 'sample')}, but none could be decoded from {start} on"
         )
     if len(channels) < expected - reader.slack:
         raise AudioError(
-            f"{name}: is cut short: its header promises {reader.samples} samples, but it ends after "
+            f"{name}: is cut short: its header promises {plural(reader.samples, 'sample')}, but it ends after "
             f"{start + len(channels)}"
         )
     waveform = channels.mean(dim=1)

@@ -17,6 +17,7 @@ from audiomae.data.augment import Augment
 from audiomae.data.sampler import ClipSampler
 from audiomae.data.sources import Source
 from audiomae.frontend import Frontend
+from audiomae.words import plural
 
 __all__ = ["Batch", "ClipDataset", "Failure", "FailureLog", "Sample", "collate", "make_loader"]
 
@@ -221,8 +222,8 @@ class ClipDataset(Dataset):
                 waveform = load_crop(file, self.frontend.sample_rate, self.crop, start, name=name)
         if len(waveform) < self.shortest:
             raise AudioError(
-                f"{name}: has {len(waveform)} samples at {self.frontend.sample_rate} Hz, fewer than one frame of "
-                f"{self.shortest}"
+                f"{name}: has {plural(len(waveform), 'sample')} at {self.frontend.sample_rate} Hz, fewer than one "
+                f"frame of {self.shortest}"
             )
         return waveform
 
@@ -291,7 +292,8 @@ def make_loader(
         raise ValueError(f"workers is {workers}, but a number of at least 0 was expected")
     if len(dataset) != sum(sampler.sizes):
         raise ValueError(
-            f"the sampler counts {sum(sampler.sizes)} clips and the data set {len(dataset)}; give both the same sources"
+            f"the sampler counts {plural(sum(sampler.sizes), 'clip')} and the data set {len(dataset)}; give both "
+            "the same sources"
         )
     return _Loader(
         dataset,
@@ -328,7 +330,10 @@ class FailureLog:
             name = getattr(failure, "path", failure)
             if name not in self.files:
                 self.files.add(name)
-                _log.warning("%s; another clip takes its place", failure)
+                self._say(failure)
+
+    def _say(self, failure: str) -> None:
+        _log.warning("%s; another clip takes its place", failure)
 
 
 _log = logging.getLogger("audiomae.data")

@@ -22,11 +22,21 @@ from typing import Any
 
 import torch
 
-from audiomae.data.audio import AudioError, _extra, open_audio, read_crop, resampled_length
+from audiomae.data.audio import (
+    AUDIO_SUFFIXES,
+    AudioError,
+    Reader,
+    _extra,
+    check_file,
+    open_audio,
+    read_crop,
+    resampled_length,
+)
 from audiomae.data.dataset import MAX_FAILURES, crop_samples, describe
 from audiomae.data.shards import MANIFEST, Member, index_of, scan
 from audiomae.data.sources import Clip, Source, load_json, open_source
 from audiomae.frontend import FRONTENDS, Frontend
+from audiomae.words import plural
 
 __all__ = ["Statistics", "prepare"]
 
@@ -120,14 +130,14 @@ def prepare(
         if (index := _finished(job, shard)) is not None:
             done[shard] = index
     if done:
-        say(f"{len(done)} of {len(shards)} shards are there already, their checksums are right")
+        say(f"there already, with the right checksums: {len(done)} of {plural(len(shards), 'shard')}")
     for shard, index in _work(job, [shard for shard in shards if shard not in done], workers):
         done[shard] = index
         seconds, skipped = index["seconds"], len(index["skipped"])
         say(
-            f"{job.tar(shard).name}: {len(index['clips'])} clips, {_duration(seconds)}"
+            f"{job.tar(shard).name}: {plural(len(index['clips']), 'clip')}, {_duration(seconds)}"
             + (f", {skipped} left out" if skipped else "")
-            + f" ({len(done)} of {len(shards)} shards)"
+            + f" ({len(done)} of {plural(len(shards), 'shard')})"
         )
     return _write_manifest(job, [done[shard] for shard in shards])
 
@@ -263,8 +273,7 @@ def _pack(job: _Job, number: int, clip: Clip) -> tuple[bytes, str, dict[str, Any
     """A recording's bytes, the suffix of its name, what is known of it, and its statistics."""
     file = job.source.file(number)
     if isinstance(file, str):
-        if not os.path.isfile(file):
-            raise AudioError(f"{file}: no such file")
+        check_file(file, file)
         file = open(file, "rb")  # noqa: SIM115 -- closed below
     with closing(file):
         content = file.read()
@@ -273,10 +282,11 @@ def _pack(job: _Job, number: int, clip: Clip) -> tuple[bytes, str, dict[str, Any
     raw = replace(job.frontend, frames=None)
     recoded, statistics = io.BytesIO(), Statistics()
     with open_audio(io.BytesIO(content), clip.path) as reader:
+        suffix = ".flac" if job.flac else _suffix(clip.path, reader)
         total = resampled_length(reader.samples, reader.sample_rate, rate)
         if total < shortest:
             raise AudioError(
-                f"{clip.path}: has {total} samples at {rate} Hz, fewer than one frame of {shortest}"
+                f"{clip.path}: has {plural(total, 'sample')} at {rate} Hz, fewer than one frame of {shortest}"
             )
         with _flac_writer(recoded, rate) if job.flac else nullcontext() as flac:
             for start in range(0, total, crop):
@@ -295,8 +305,19 @@ def _pack(job: _Job, number: int, clip: Clip) -> tuple[bytes, str, dict[str, Any
         "sample_rate": sample_rate,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
-    suffix = ".flac" if job.flac else Path(clip.path).suffix.lower()
     return content, suffix, described, statistics
+
+
+def _suffix(path: str, reader: Reader) -> str:
+    """The name's own if shards know it, that of the format otherwise: they tell audio by it."""
+    suffix = Path(path).suffix.lower()
+    for known in (suffix, reader.suffix):
+        if known in AUDIO_SUFFIXES:
+            return known
+    raise AudioError(
+        f"{path}: has {suffix or 'no suffix'} in its name, by which shards do not know audio; rename it, or pack "
+        "everything as FLAC (--flac)"
+    )
 
 
 def _flac_writer(file: io.BytesIO, rate: int) -> Any:
@@ -327,7 +348,7 @@ def _write_manifest(job: _Job, indices: list[dict[str, Any]]) -> dict[str, Any]:
     skipped = [sentence for index in indices for sentence in index["skipped"]]
     if not statistics.values:
         raise AudioError(
-            f"{job.source.name}: none of its {len(job.source)} recordings can be read; {skipped[0]}"
+            f"{job.source.name}: none of {plural(len(job.source), 'recording')} can be read; {skipped[0]}"
         )
     shards = [
         {
@@ -422,8 +443,8 @@ def _run(options: argparse.Namespace) -> None:
     for sentence in manifest["skipped"]:
         print(f"left out: {sentence}", file=sys.stderr)
     print(
-        f"wrote {options.out}: {manifest['clips']} clips, {_duration(manifest['seconds'])}, in "
-        f"{len(manifest['shards'])} shards; {len(manifest['skipped'])} recordings left out"
+        f"wrote {options.out}: {plural(manifest['clips'], 'clip')}, {_duration(manifest['seconds'])}, in "
+        f"{plural(len(manifest['shards']), 'shard')}; {plural(len(manifest['skipped']), 'recording')} left out"
     )
     print(f"mean {manifest['mean']:.7f}, std {manifest['std']:.7f} (log-mel, all frames, no padding)")
 

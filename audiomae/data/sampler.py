@@ -10,6 +10,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from audiomae.data.sources import Source
+from audiomae.words import plural
 
 __all__ = ["BalancedSampler", "ClipSampler", "RepeatingSampler"]
 
@@ -68,7 +69,7 @@ class ClipSampler(Sampler[list[tuple[int, int]]]):
         weights = [1.0] * len(sources) if weights is None else [float(weight) for weight in weights]
         if len(weights) != len(sources) or not all(0 < weight < float("inf") for weight in weights):
             raise ValueError(
-                f"weights are {weights}; expected a positive number for each of {len(sources)} sources"
+                f"weights are {weights}; expected a positive number for each of {plural(len(sources), 'source')}"
             )
         self.sizes = [len(source) for source in sources]
         self.weights = weights
@@ -89,13 +90,13 @@ class ClipSampler(Sampler[list[tuple[int, int]]]):
         self._whole, self._rest = divmod(clips, batch_size * world_size)
         if clips < world_size:
             raise ValueError(
-                f"an epoch has {clips} clips for {world_size} ranks; expected at least one each. Start fewer "
-                "processes, or give more data"
+                f"an epoch has {plural(clips, 'clip')} for {plural(world_size, 'process')}; expected at least one "
+                "each. Start fewer processes, or give more data"
             )
         if self.drop_last and not self._whole:
             raise ValueError(
-                f"an epoch of {clips} clips does not fill one batch of {batch_size} on {world_size} ranks; "
-                "lower the batch size, or keep the rest (drop_last=False)"
+                f"an epoch of {plural(clips, 'clip')} does not fill one batch of {batch_size} in "
+                f"{plural(world_size, 'process')}; choose a smaller batch size, or give more data"
             )
 
     def __len__(self) -> int:
@@ -137,16 +138,18 @@ class ClipSampler(Sampler[list[tuple[int, int]]]):
             raise ValueError(f"the sampler's state lacks {', '.join(missing)}")
         for name, value in own.items():
             if name not in ("epoch", "position", "global_batch") and state[name] != value:
+                what = "clips per source" if name == "sizes" else name
                 raise ValueError(
-                    f"the sampler's state was taken with {name} = {state[name]}, but it is {value} now: the order of "
+                    f"the place in the data was saved with {what} = {state[name]}, but it is {value} now: the order of "
                     "the clips would be another. Resume with the same data and settings, or start a new run"
                 )
         position, rest = divmod(state["position"] * state["global_batch"], own["global_batch"])
         if rest or not 0 <= position < len(self) or state["epoch"] < 0:
             raise ValueError(
-                f"the sampler's state is {state['position']} batches of {state['global_batch']} clips (all ranks "
-                f"together) into epoch {state['epoch']}, which is not a whole number of batches of "
-                f"{own['global_batch']} in an epoch of {len(self)}; resume with the same global batch"
+                f"the run was saved {plural(state['position'], 'batch')} of {state['global_batch']} clips (of all "
+                f"processes together) into epoch {state['epoch']}, which is no whole number of batches of "
+                f"{own['global_batch']} in an epoch of {len(self)}; resume with the same product of batch size and "
+                "processes"
             )
         self.epoch, self.position = state["epoch"], position
 
@@ -225,7 +228,7 @@ class BalancedSampler(ClipSampler):
             raise ValueError("balanced sampling needs labels, and no clip has any")
         if drawable < total:
             _log.warning(
-                "%d of %d clips have no label: balanced sampling never draws them", total - drawable, total
+                "balanced sampling never draws clips without a label: %d of %d", total - drawable, total
             )
         self._divide(self.clips)
 
@@ -275,8 +278,8 @@ class RepeatingSampler(ClipSampler):
         counts = np.concatenate([source.label_sums(np.ones(classes)) for source in sources])
         if len(odd := np.flatnonzero(counts != 1)):
             raise ValueError(
-                f"classes are repeated where each clip has one label, and {len(odd)} of {len(counts)} clips have none "
-                "or several"
+                "classes are repeated where each clip has one label; with none or several there are "
+                f"{len(odd)} of {len(counts)} clips"
             )
         of_class = [members for c in range(classes) if len(members := np.flatnonzero(labels == c))]
         least = round(share * max(map(len, of_class)))

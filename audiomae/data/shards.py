@@ -14,6 +14,7 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from audiomae.data.audio import AUDIO_SUFFIXES, AudioError, _extra
 from audiomae.data.sources import Clip, Source, Strings, _log, label_indices, load_json, read_labels
+from audiomae.words import plural
 
 MANIFEST = "manifest.json"
 
@@ -121,6 +123,25 @@ def expand(pattern: str) -> list[str]:
     return found
 
 
+def tars_in(folder: Path) -> list[Path]:
+    return sorted(tar for tar in folder.glob("*.tar") if not tar.name.startswith("."))
+
+
+def is_shard(tar: Path) -> bool:
+    """Whether it has an index, or holds audio among its first hundred members."""
+    if index_of(tar).is_file():
+        return True
+    try:
+        with tarfile.open(tar, "r:") as file:
+            return any(_suffix(info.name) in AUDIO_SUFFIXES for info in islice(file, 100))
+    except (tarfile.TarError, OSError, EOFError):
+        return False
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
 def scan(tar: str | os.PathLike, mids: dict[str, int] | None = None) -> list[Member]:
     """The audio members of a shard in the order of its tar headers, with labels of ``key.cls`` and ``key.json``.
 
@@ -135,7 +156,7 @@ def scan(tar: str | os.PathLike, mids: dict[str, int] | None = None) -> list[Mem
                     continue
                 folder, slash, name = info.name.rpartition("/")
                 key = folder + slash + name.partition(".")[0]
-                suffix = os.path.splitext(name)[1].lower()
+                suffix = _suffix(name)
                 if suffix in AUDIO_SUFFIXES:
                     audio.append((key, info.name, info.offset_data, info.size))
                 elif suffix in (".cls", ".json"):
@@ -185,7 +206,7 @@ def open_shards(spec: Path, labels: str | os.PathLike | None = None) -> Source:
             raise AudioError(
                 f"{spec}: holds shards but no {MANIFEST}: `audiomae prepare` has not finished; run it again"
             )
-        tars = sorted(map(str, spec.glob("*.tar")))
+        tars = list(map(str, tars_in(spec)))
     else:
         tars = expand(str(spec))
     mids, names = (None, None) if labels is None else read_labels(labels)
@@ -206,7 +227,7 @@ def open_shards(spec: Path, labels: str | os.PathLike | None = None) -> Source:
         else:
             _log.warning("%s: holds no audio", tar)
     if not shards:
-        raise AudioError(f"{spec}: none of its {len(tars)} shards holds audio")
+        raise AudioError(f"{spec}: there is no audio in {plural(len(tars), 'shard')}")
     if names is None:
         names = _stated_names(manifest, Path(tars[0]))
     if not names and any(member.labels for _, found in shards for member in found):

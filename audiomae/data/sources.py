@@ -17,7 +17,7 @@ import numpy as np
 
 from audiomae.data.audio import AUDIO_SUFFIXES, AudioError
 
-__all__ = ["Clip", "Source", "open_source"]
+__all__ = ["Clip", "Source", "labelled_folder", "open_source"]
 
 _log = logging.getLogger("audiomae.data")
 
@@ -114,25 +114,36 @@ def open_source(spec: str | os.PathLike, labels: str | os.PathLike | None = None
     Args:
         spec: a folder of audio files, searched recursively; an AST manifest (.json); an MAE-AST manifest (.tsv);
             or webdataset shards: a .tar, a folder of them (with the indices of ``audiomae prepare``, or
-            without), or a pattern such as ``shards/train-{000..511}.tar`` or ``shards/*.tar``.
+            without) and of no recordings, or a pattern such as ``shards/train-{000..511}.tar`` or
+            ``shards/*.tar``.
         labels: a CSV file with the columns index, mid and display_name. It gives names to the labels of an
             AST manifest (a ``class_labels_indices.csv`` beside it is found) and of shards without an index.
 
     Raises:
-        AudioError: nothing is there, a manifest or a shard is damaged, or labels were given to a source that
-            has none.
+        AudioError: nothing is there, a manifest or a shard is damaged, a folder holds recordings and shards, or
+            labels were given to a source that has none.
     """
-    from audiomae.data.shards import open_shards
+    from audiomae.data.shards import MANIFEST, is_shard, open_shards, tars_in
 
     text = os.fspath(spec)
     if "://" in text or text.startswith("pipe:"):
         raise AudioError(f"{text}: only local sources can be read at random; copy the shards to a disk first")
     path = Path(text).expanduser()
     if path.is_dir():
-        if (path / "manifest.json").is_file() or any(path.glob("*.tar")):
+        files, tars = _audio_files(path), tars_in(path)
+        if not files and (tars or (path / MANIFEST).is_file()):
             return open_shards(path, labels)
+        if not files:
+            raise AudioError(
+                f"{path}: holds no audio files (looked for {', '.join(AUDIO_SUFFIXES)} here and below)"
+            )
+        if shard := next(filter(is_shard, tars), None):  # other archives are no business of ours
+            raise AudioError(
+                f"{path}: holds recordings ({files[0].relative_to(path)}) and shards ({shard.name}); which are meant? "
+                f"Give {path / '*.tar'} for the shards, or move them elsewhere for the recordings"
+            )
         _no_labels(path, labels, "a folder of audio files")
-        return Source(text, (Clip(str(file)) for file in _audio_files(path)))
+        return Source(text, (Clip(str(file)) for file in files))
     if path.is_file():
         suffix = path.suffix.lower()
         if suffix == ".json":
@@ -151,12 +162,35 @@ def open_source(spec: str | os.PathLike, labels: str | os.PathLike | None = None
     raise AudioError(f"{text}: no such file or folder")
 
 
+def labelled_folder(folder: str | os.PathLike) -> Source:
+    """The recordings of a folder that holds a folder of them for each of two or more classes.
+
+    Each clip has one label, the number of its class; the classes' names, in order, are `label_names`.
+
+    Raises:
+        AudioError: there is no such folder, it holds fewer than two folders, or one without recordings.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise AudioError(f"there is no folder {folder}")
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(names) < 2:
+        raise AudioError(f"{folder}: should hold a folder of recordings for each of two or more classes")
+    clips = []
+    for number, name in enumerate(names):
+        source = open_source(folder / name)
+        if type(source) is not Source:
+            raise AudioError(f"{folder / name}: holds shards, and recordings were expected")
+        clips += [Clip(clip.path, (number,)) for clip in source]
+    return Source(str(folder), clips, names)
+
+
 def _no_labels(path: Path, labels: str | os.PathLike | None, kind: str) -> None:
     if labels is not None:
         raise AudioError(f"{path}: is {kind}, which has no labels; leave {os.fspath(labels)} out")
 
 
-def _audio_files(folder: Path) -> Iterator[Path]:
+def _audio_files(folder: Path) -> list[Path]:
     """All audio files below a folder in a fixed order; links are followed once."""
 
     def unreadable(error: OSError) -> None:
@@ -175,11 +209,7 @@ def _audio_files(folder: Path) -> Iterator[Path]:
             for path in (Path(parent, name) for name in files)
             if path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith(".")
         ]
-    if not found:
-        raise AudioError(
-            f"{folder}: holds no audio files (looked for {', '.join(AUDIO_SUFFIXES)} here and below)"
-        )
-    return iter(sorted(found))
+    return sorted(found)
 
 
 def _text(path: Path) -> str:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ..config import list_models
+from ..config import is_name
 from ..data import Augment
 from ..train.config import RunConfig, check_least, option
 from .tasks import TASKS
@@ -23,7 +23,7 @@ class TuneConfig(RunConfig):
         task: what to tell apart, and in which data set; without --recipe it brings its own published settings
         pretrained: weights to start from: a run's model, a published checkpoint, or a hub id; without them --model is
             trained from random ones
-        model: a name (`audiomae.list_models()`); default: the architecture of the pre-trained weights
+        model: a name (`audiomae.list_models()`), which pre-trained weights must agree with; default: their architecture
         model_overrides: fields of the classifier's configuration, for example {stride: [10, 10]}
         frames: length of the clips in frames of 10 ms; default: the task's, or the pre-trained model's
         mean: of the data set's log-mel values; default: the task's, or the pre-trained model's
@@ -100,7 +100,7 @@ class TuneConfig(RunConfig):
             raise ValueError(
                 "there is nothing to fine-tune: give --pretrained weights, or --model for random ones"
             )
-        if self.pretrained in list_models():
+        if is_name(self.pretrained):
             raise ValueError(f"--pretrained {self.pretrained} names an untrained model: give it as --model")
         if bool(task.folds) != (self.fold is not None):
             raise ValueError(

@@ -21,6 +21,7 @@ import numpy as np
 from ..data import AudioError, Clip, Source, open_source
 from ..data.audio import AUDIO_SUFFIXES
 from ..data.sources import label_indices, read_labels
+from ..words import plural
 
 _log = logging.getLogger("audiomae.finetune")
 
@@ -568,6 +569,12 @@ def _custom_folder(folder: Path) -> list[Row]:
             (clip, label, split) for child, split in zip(children, splits, strict=True)
             for clip, label, _ in _custom_folder_of_classes(child)
         ]  # fmt: skip
+    if "train" in splits and {"val", "test"} & set(splits):
+        others = [child.name for child, split in zip(children, splits, strict=True) if split is None]
+        raise AudioError(
+            f"{folder}: holds train, val or test, and {', '.join(others[:3])}: are these splits or classes? Custom "
+            f"data are {CUSTOM}"
+        )
     return _custom_folder_of_classes(folder)
 
 
@@ -575,6 +582,13 @@ def _custom_folder_of_classes(folder: Path) -> list[Row]:
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes:
         raise AudioError(f"{folder}: holds no folders, one for each class. Custom data are {CUSTOM}")
+    if loose := [
+        p.name for p in sorted(folder.iterdir()) if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file()
+    ]:
+        _log.warning(
+            "%s: left out %s beside the folders of classes: %s%s", folder, plural(len(loose), "recording"),
+            ", ".join(loose[:3]), ", ..." if len(loose) > 3 else "",
+        )  # fmt: skip
     return [(clip.path, (c.name,), None) for c in classes for clip in open_source(c)]
 
 
@@ -618,8 +632,8 @@ def _split_at_random(rows: list[Row], multi_label: bool) -> list[Row]:
     if small and not multi_label:
         label, members = small[0]
         raise AudioError(
-            f"the class {''.join(label)!r} has {len(members)} clips, too few to hold some out: name the splits, "
-            "in a column split or in folders train, val and test"
+            f"the class {''.join(label)!r} has {plural(len(members), 'clip')}, too few to hold some out: "
+            "name the splits, in a column split or in folders train, val and test"
         )
     if small:
         groups.append([row for _, members in small for row in members])

@@ -22,6 +22,7 @@ from ..create import load
 from ..data import Batch, ClipDataset, ClipSampler, FailureLog, make_loader
 from ..train.loop import autocast
 from ..train.processes import Processes, ignore_signals
+from ..words import plural
 from .config import EvaluateConfig, TuneConfig
 from .metrics import Report, measure, write_report
 from .tasks import TASKS
@@ -77,10 +78,14 @@ def predict(
     logits, targets, indices = (np.concatenate([part[i] for part in gathered]) for i in range(3))
     unreadable = sum(part[3] for part in gathered)
     if not len(indices):
-        raise ValueError(f"none of the {unreadable} clips of {loader.dataset.sources[0].name} could be read")
+        raise ValueError(
+            f"none of {plural(unreadable, 'clip')} of {loader.dataset.sources[0].name} could be read"
+        )
     if unreadable and processes.first:
         _log.warning(
-            "%d clips of %s could not be read and are left out", unreadable, loader.dataset.sources[0].name
+            "%s: left out %s that could not be read",
+            loader.dataset.sources[0].name,
+            plural(unreadable, "clip"),
         )
     order = np.argsort(indices)
     return Predictions(logits[order], targets[order], indices[order], unreadable)
@@ -258,9 +263,8 @@ def table(reports: Mapping[str, Report], title: str) -> str:
                 if report.main == "mAP"
                 else ""
             )
-        lines.append(
-            f"  {name}{report.main} {report.value:.4f}  ({m['clips']} clips, {m['classes']} classes{note})"
-        )
+        counted = f"{plural(m['clips'], 'clip')}, {plural(m['classes'], 'class')}{note}"
+        lines.append(f"  {name}{report.main} {report.value:.4f}  ({counted})")
     if len(reports) > 1:
         found = summary(reports)
         lines.append(

@@ -63,7 +63,7 @@ class Task:
         counts = splits.train.label_counts()
         if unheard := [splits.label_names[i] for i in np.flatnonzero(counts == 0)]:
             _log.warning(
-                "%s: %d of %d classes have no recording to train on: %s%s", splits.train.name, len(unheard),
+                "%s: no recording to train on for %d of %d classes: %s%s", splits.train.name, len(unheard),
                 len(counts), ", ".join(unheard[:5]), ", ..." if len(unheard) > 5 else "",
             )  # fmt: skip
         return splits

@@ -2,7 +2,8 @@
 
 `<folder>/step-00001000/` holds the files of one checkpoint and its marker, `complete.json`, with every file's size and
 SHA-256. Files are written below a temporary name and synced; the folder is renamed; then comes the marker. What has
-no marker, or files that are not those of its marker, is no checkpoint.
+no marker, or files that are not those of its marker, is no checkpoint: it does not count among the last that are kept.
+Sizes are looked at whenever checkpoints are counted, checksums of what is about to be loaded.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ class Checkpoint:
     metric: float | None
     files: dict[str, tuple[int, str]]
 
-    def damage(self) -> str | None:
-        """A sentence about what is wrong with the files, None if nothing is."""
+    def damage(self, checksums: bool = True) -> str | None:
+        """A sentence about what is wrong with the files, None if nothing is; without `checksums` by their sizes."""
         for name, (size, digest) in self.files.items():
             file = self.path / name
             try:
                 if file.stat().st_size != size:
                     return f"{name} has {file.stat().st_size} bytes instead of {size}"
-                if _sha256(file) != digest:
+                if checksums and _sha256(file) != digest:
                     return f"{name} does not have the checksum it was written with"
             except OSError as error:
                 return f"{name} cannot be read: {error.strerror}"
@@ -68,6 +69,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike, keep: int = 3):
         self.folder, self.keep = Path(folder), keep
+        self._passed_over: set[Path] = set()  # whose checksums were wrong; sizes do not tell
 
     def save(self, step: int, write: Callable[[Path], None], metric: float | None = None) -> Checkpoint:
         """Write a checkpoint: `write` puts its files into the folder it is given. Older ones are removed then.
@@ -128,6 +130,7 @@ class Checkpoints:
         if final.exists():  # damaged, or of a run that was taken back to an earlier step
             self._remove(final)
         partial.rename(final)
+        self._passed_over.discard(final)
         _sync(self.folder)
         marker = final / (MARKER + _PARTIAL)
         with marker.open("w") as file:
@@ -140,10 +143,15 @@ class Checkpoints:
         return Checkpoint(final, step, metric, files)
 
     def complete(self) -> Iterator[Checkpoint]:
-        """Those with a marker, the newest first."""
+        """Those with a marker and files of its sizes, but for those that were passed over; the newest first."""
         for path in self._folders():
-            if (checkpoint := _read_marker(path)) is not None:
+            checkpoint = _read_marker(path)
+            if checkpoint and path not in self._passed_over and checkpoint.damage(checksums=False) is None:
                 yield checkpoint
+
+    def started(self) -> bool:
+        """Whether a checkpoint has ever been completed here, and is there yet, damaged or not."""
+        return any((path / MARKER).exists() for path in self._folders())
 
     def latest(self) -> Checkpoint | None:
         """The newest complete and undamaged one; a warning names each newer one that is passed over."""
@@ -152,12 +160,18 @@ class Checkpoints:
             reason = "it was not written to its end" if checkpoint is None else checkpoint.damage()
             if reason is None:
                 return checkpoint
-            _log.warning("%s is passed over: %s", path, reason)
+            self._pass_over(path, reason)
         return None
 
     def best(self) -> Checkpoint | None:
-        """The one with the lowest metric, the newest of several."""
-        return _best(self.complete())
+        """The undamaged one with the lowest metric, the newest of several; a warning names what is passed over."""
+        while (best := _best(self.complete())) is not None and (reason := best.damage()) is not None:
+            self._pass_over(best.path, reason)
+        return best
+
+    def _pass_over(self, path: Path, reason: str) -> None:
+        self._passed_over.add(path)
+        _log.warning("%s is passed over: %s", path, reason)
 
     def clean(self) -> None:
         """Remove what an interrupted process left behind."""
@@ -167,21 +181,22 @@ class Checkpoints:
 
     def _folders(self) -> list[Path]:
         """All that may be checkpoints, the newest first; half-written ones too, so that they get named."""
-        found = []
-        for path in self.folder.glob("step-*"):
-            if match := re.fullmatch(rf"step-(\d+)(?:{re.escape(_PARTIAL)})?", path.name):
-                found.append((int(match[1]), path))
-        return [path for _, path in sorted(found, reverse=True)]
+        found = [path for path in self.folder.glob("step-*") if _step_of(path) is not None]
+        return sorted(found, key=_step_of, reverse=True)
 
     def _prune(self, step: int) -> None:
         # Later ones are those that a resumed run passed over. It will write them anew.
         complete = [checkpoint for checkpoint in self.complete() if checkpoint.step <= step]
+        if not complete or complete[0].step != step:
+            raise OSError(f"{self._path(step)} is not as it was written: the file system lost a part of it")
         kept = {checkpoint.path for checkpoint in complete[: self.keep]}
         if (best := _best(complete)) is not None:
             kept.add(best.path)
-        for checkpoint in complete:
-            if checkpoint.path not in kept:
-                self._remove(checkpoint.path)
+        for path in self._folders():
+            if path not in kept and _step_of(path) <= step:
+                if (old := _read_marker(path)) and (reason := old.damage(checksums=False)):
+                    _log.warning("%s is removed: %s", path, reason)
+                self._remove(path)
 
     @staticmethod
     def _remove(path: Path) -> None:
@@ -228,6 +243,11 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
     partial.rename(path)
     _sync(path.parent)
     shutil.rmtree(removed, ignore_errors=True)
+
+
+def _step_of(path: Path) -> int | None:
+    match = re.fullmatch(rf"step-(\d+)(?:{re.escape(_PARTIAL)})?", path.name)
+    return int(match[1]) if match else None
 
 
 def _best(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:

@@ -6,11 +6,14 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from ..data.dataset import Failure, FailureLog
 from .checkpoints import replace_file
+from .processes import Processes
 
 
 class Log:
@@ -90,6 +93,58 @@ class Log:
             self._file.close()
 
 
+class Failures(FailureLog):
+    """Recordings of a run that could not be read: whichever process meets one, the first names it, once.
+
+    `failures.jsonl` in the folder of the run keeps what was said, and a run that goes on does not say it again.
+
+    Attributes:
+        news: of this process, and not told to the first yet.
+    """
+
+    def __init__(self, processes: Processes, path: Path):
+        super().__init__()
+        self.processes, self.path = processes, path
+        self.news: list[Failure] = []
+        self._named: set[str] = set()
+
+    def open(self, start: int) -> None:
+        """Of a run that goes on at step `start`; one that begins there takes the place of what an earlier one left."""
+        if not self.processes.first or not self.path.exists():
+            return
+        kept = [(line, row) for line, row in _rows(self.path) if start and "recording" in row]
+        replace_file(self.path, "".join(line for line, _ in kept))
+        self._named = {row["recording"] for _, row in kept}
+
+    def _say(self, failure: Failure) -> None:
+        self.news.append(failure)
+        if self.processes.world_size == 1:
+            self.share()
+
+    def share(self) -> None:
+        """Name what is new; called by all processes together."""
+        gathered = self.processes.gather(self.news)
+        self.news = [failure for news in gathered for failure in news] if self.processes.first else []
+        self.flush()
+
+    def flush(self) -> None:
+        """Name what is new in this process alone, where an error keeps it from the others."""
+        news = {failure.path: failure for failure in self.news if failure.path not in self._named}
+        self.news = []
+        for failure in news.values():
+            super()._say(failure)
+        self._named |= news.keys()
+        if not news or not self.processes.first:
+            return
+        try:
+            with self.path.open("a") as file:
+                file.writelines(
+                    json.dumps({"recording": path, "said": said}) + "\n" for path, said in news.items()
+                )
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be written: {error.strerror}; go on with --resume") from error
+
+
 def _progress_bar() -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -100,12 +155,15 @@ def _progress_bar() -> Any:
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
-    """The whole lines up to a step; a process that was killed may have left half a line."""
-    kept = []
+    return [line for line, row in _rows(path) if row.get("step", math.inf) <= step]
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The whole lines, and what they hold; a process that was killed may have left half a line."""
     for line in path.read_text().splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
+            row = json.loads(line)
+        except ValueError:
             continue
-    return kept
+        if line.endswith("\n") and isinstance(row, dict):
+            yield line, row

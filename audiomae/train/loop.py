@@ -6,8 +6,9 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils.data import DataLoader
 
-from ..data import Batch, ClipDataset, ClipSampler, FailureLog, make_loader
+from ..data import Batch, ClipDataset, ClipSampler, make_loader
 from ..masking import Mask
 from ..model import SpectrogramModel
 from ..pretrained import Record, build, check_weights
+from ..words import plural
 from .checkpoints import Checkpoint, Checkpoints, read_state, replace_file, replace_folder, write_state
 from .config import RunConfig
-from .log import Log
+from .log import Failures, Log
 from .processes import Processes, StopSignal, distribute, ignore_signals, synchronise
 
 STATE = "state.pt"
@@ -105,7 +107,7 @@ class Loop:
         config.check()
         self.config, self.processes, self.device = config, processes, processes.device
         self.checkpoints = Checkpoints(config.folder / "checkpoints", config.keep)
-        if not config.resume and next(self.checkpoints.complete(), None) is not None:
+        if not config.resume and self.checkpoints.started():
             raise ValueError(
                 f"{config.out} holds a run already: go on with it with --resume, or choose another --out"
             )
@@ -122,7 +124,7 @@ class Loop:
         self.total = config.total_steps(len(self.sampler))
         self.warmup = config.warmup(len(self.sampler))
         self.lr = config.learning_rate(processes.world_size)
-        self.failures = FailureLog()
+        self.failures = Failures(processes, config.folder / "failures.jsonl")
         self.metric: float | None = None  # of the weights as they are, where measured; the lower the better
         _seed(_entropy(config.seed, DROPOUT, processes.rank))  # and different dropout
 
@@ -194,28 +196,35 @@ class Loop:
         c = self.config
         if c.resume:
             self._resume()
-        self._together(self._prepare_folder)  # a run that cannot go on keeps its configuration
-        self.log = Log(c.folder, self.step, self.total, active=self.processes.first)
         try:
-            self._announce()
-            finished = self._train(stop)
-            if finished:
-                self._finish()
+            batches = self._batches()
+            if self.step < self.total:  # data that cannot be read at all leave no folder behind
+                ahead: list[Batch] = []
+                self._together(lambda: ahead.append(next(batches)), everywhere=True)
+                batches = chain(ahead, batches)
+            self._together(self._prepare_folder)  # a run that cannot go on keeps its configuration
+            self.failures.open(self.step)
+            self.log = Log(c.folder, self.step, self.total, active=self.processes.first)
+            with closing(self.log):
+                self._announce()
+                finished = self._train(stop, batches)
+                self.failures.share()
+                if finished:
+                    self._finish()
         finally:
-            self.log.close()
+            self.failures.flush()
             # They ignore the signal by which Python ends its children, and an error's traceback keeps them alive.
             for loader in filter(None, (self.loader, self.val_loader)):
                 loader.close()
         return c.folder / "model" if finished else None
 
-    def _train(self, stop: StopSignal) -> bool:
+    def _train(self, stop: StopSignal, batches: Iterator[Batch]) -> bool:
         c = self.config
         val_every, save_every, picture_every = self._every()
-        batches = self._batches()
         self._began = self._restart_interval()
         while self.step < self.total:
             consumed = self.sampler.state_dict()
-            micro = [next(batches) for _ in range(c.accumulate)]
+            micro = [self._take(batches) for _ in range(c.accumulate)]
             if self.processes.any(stop.requested is not None):
                 if self.step != self.saved:
                     if self.step > self._first and self.processes.any(self._diverged()):
@@ -253,10 +262,14 @@ class Loop:
         return c.val_every or c.save_every, c.save_every, 0
 
     def _batches(self) -> Iterator[Batch]:
+        """Of one epoch after the other, if the sampler has been advanced when the next is asked for."""
         while True:
-            for batch in self.loader:
-                self.sampler.advance()
-                yield batch
+            yield from self.loader
+
+    def _take(self, batches: Iterator[Batch]) -> Batch:
+        batch = next(batches)
+        self.sampler.advance()
+        return batch
 
     def _step(self, micro: list[Batch]) -> None:
         self.rate = self._rate()
@@ -339,8 +352,9 @@ class Loop:
         start = f"from step {self.step} " if self.step else ""
         how = "" if ranks == 1 else f" in {ranks} processes ({'FSDP2' if c.fsdp else 'DDP'})"
         self.log.say(
-            f"{c.start}, {count:.1f} M parameters, {sum(self.sampler.sizes)} clips, {start}to step {self.total}, "
-            f"{c.batch_size * c.accumulate * ranks} clips per step, on {self.device}, {c.precision}{how}"
+            f"{c.start}, {count:.1f} M parameters, {plural(sum(self.sampler.sizes), 'clip')}, {start}to step "
+            f"{self.total}, {plural(c.batch_size * c.accumulate * ranks, 'clip')} per step, on {self.device}, "
+            f"{c.precision}{how}"
         )
         if 0 < self.total <= self.warmup:
             self.log.say(
@@ -364,12 +378,15 @@ class Loop:
         steps = self.step - self._first
         names = list(self._sums)
         values = torch.stack([self._sums[name] for name in names]) / steps
-        extra = torch.tensor([self._clips, self.failures.total], dtype=values.dtype, device=values.device)
-        summed = self.processes.sum(torch.cat([values, extra])).tolist()
-        losses = {n: v / self.processes.world_size for n, v in zip(names, summed, strict=False)}
+        extra = [self._clips, self.failures.total, len(self.failures.news)]
+        extra = torch.tensor(extra, dtype=values.dtype, device=values.device)
+        *summed, clips, failures, news = self.processes.sum(torch.cat([values, extra])).tolist()
+        if news:
+            self.failures.share()
+        losses = {n: v / self.processes.world_size for n, v in zip(names, summed, strict=True)}
         norm = self._norm.item()
         lr = self.rate
-        speed = summed[-2] / (time.perf_counter() - self._mark)
+        speed = clips / (time.perf_counter() - self._mark)
         finite = all(math.isfinite(loss) for loss in losses.values())
         self.log.metrics(
             self.step,
@@ -378,7 +395,7 @@ class Loop:
             **losses,
             grad_norm=norm,
             clips_per_second=speed,
-            failures=int(summed[-1]),
+            failures=int(failures),
             seconds=time.perf_counter() - self._began,
             **({"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}),
         )
@@ -431,12 +448,14 @@ class Loop:
 
     def _save(self, consumed: dict[str, Any]) -> None:
         """A checkpoint of this step; `consumed` is the sampler's state."""
+        ranks = self.processes.gather((_random_state(self.device), self.failures.total))
         state = {
             "step": self.step,
             "sampler": consumed,
             "scaler": self.scaler.state_dict(),
             "plateau": vars(self.plateau),
-            "random": self.processes.gather(_random_state(self.device)),
+            "random": [random for random, _ in ranks],
+            "failures": sum(failures for _, failures in ranks),
             "fsdp": self.config.fsdp,
             **self._own_state(),
         }
@@ -461,10 +480,19 @@ class Loop:
         self.saved = self.step
 
     def _resume(self) -> None:
-        """Go on where the newest complete checkpoint was taken, if there is one."""
+        """Go on where the newest complete checkpoint was taken, if there is one.
+
+        Raises:
+            ValueError: there are some, and all of them are damaged or those of another run.
+        """
         found = self.checkpoints.latest() if self.processes.first else None
         found = self.processes.gather(found)[0]
         if found is None:
+            if self.checkpoints.started():
+                raise ValueError(
+                    f"no checkpoint in {self.checkpoints.folder} is intact: choose another --out, or remove that "
+                    "folder to start anew"
+                )
             return
         state = read_state(found.path / STATE)
         if state["fsdp"] != self.config.fsdp:
@@ -476,6 +504,8 @@ class Loop:
         self.plateau = Plateau(**state["plateau"])
         self._load_own_state(state)
         self.step = self.saved = state["step"]
+        if self.processes.first:  # one process counts on for all
+            self.failures.total = state.get("failures", 0)  # earlier versions did not save it
         if len(state["random"]) == self.processes.world_size:  # with another number dropout starts anew
             _set_random_state(state["random"][self.processes.rank], self.device)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..config import list_models
+from ..config import is_name
 from ..create import create_model, load
 from ..data import Batch, ClipDataset, ClipSampler, collate, open_source
 from ..masking import Mask
@@ -46,7 +46,7 @@ class Trainer(Loop):
 
     def _create(self) -> SpectrogramModel:
         settings = self.config
-        make = create_model if settings.model in list_models() else load
+        make = create_model if is_name(settings.model) else load
         model = make(settings.model, **settings.model_overrides)
         c = model.config
         if not isinstance(model, (MaskedAutoencoder, SSAST)) or getattr(c, "decoder", None) == "none":

@@ -18,6 +18,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from audiomae.words import plural
+
 from .. import device as devices
 from .. import results, roofline, timing
 from ..budget import Errors, draws_needed, evaluate, in_float64
@@ -325,7 +327,7 @@ def measure_case(
         parts = list(sample.seconds)
         for mode, value in zip(MODES, [*parts, sum(parts)] if len(parts) > 1 else parts, strict=False):
             write.add("seconds", value, "s", mode=mode, **columns)
-    progress(f"  {timing.plural(len(variants) - 1, 'provider')}, {timing.plural(sample.round + 1, 'round')}")
+    progress(f"  {plural(len(variants) - 1, 'provider')}, {plural(sample.round + 1, 'round')}")
 
 
 def measure_ceilings(dtypes: Sequence[str], device: torch.device, write: results.Writer) -> None:
@@ -389,7 +391,7 @@ def run(options: Options, started: float) -> Path:
     if options.rounds:
         limits = options.rounds, float("inf")
     todo = serviceable(cases(options.ops, dtypes, batches, quick=not options.full), options.providers, device)
-    progress(f"{timing.plural(len(todo), 'case')} of {', '.join(dict.fromkeys(case.op for case in todo))}")
+    progress(f"{plural(len(todo), 'case')} of {', '.join(dict.fromkeys(case.op for case in todo))}")
     if "fp16" in dtypes and device.type == "cpu":
         progress("fp16 is slow on most CPUs: expect its cases to take several times as long as those of fp32")
     measure = timing.measure_passes_cpu if device.type == "cpu" else timing.PassesOnCUDA(device)

@@ -1,8 +1,14 @@
 """The input pipeline's benchmark: figures that can be checked by hand, and one small run."""
 
+import json
+import tarfile
+
 import pytest
 import torch
+from tiny_audio import folder
 
+from audiomae import Frontend
+from audiomae.data import open_source, prepare
 from bench import pipeline, results
 from bench.__main__ import main
 from bench.timing import ProviderError
@@ -80,6 +86,47 @@ def test_a_run(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main(["data", "--source", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")])
     assert stop.value.code == 1 and "no such file or folder" in capsys.readouterr().err
+
+
+def as_it_is(tmp_path, manifest):
+    return manifest.name
+
+
+def as_shards(tmp_path, manifest):
+    prepare(manifest, tmp_path / "shards", Frontend(), shard_size=2, say=lambda line: None)
+    return tmp_path / "shards"
+
+
+def as_foreign_shard(tmp_path, manifest):
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for clip in manifest:
+            tar.add(clip.path)
+    return tmp_path / "train.tar"
+
+
+def as_tsv(tmp_path, manifest):
+    lines = (f"{clip.path.rpartition('/')[2]}\t8000\n" for clip in manifest)
+    (tmp_path / "train.tsv").write_text(f"{tmp_path / 'audio'}\n" + "".join(lines))
+    return tmp_path / "train.tsv"
+
+
+@pytest.mark.parametrize("kind", [as_shards, as_foreign_shard, as_tsv, as_it_is])
+def test_every_kind_of_source(tmp_path, kind):
+    """A part of it is opened as the source opens it, and keeps its labels: shards have no files of their own."""
+    folder(tmp_path / "audio", 5)
+    entries = [{"wav": f"audio/clip{i:03d}.wav", "labels": "/m/a"} for i in range(5)]
+    (tmp_path / "train.json").write_text(json.dumps({"data": entries}))
+    (tmp_path / "class_labels_indices.csv").write_text("index,mid,display_name\n0,/m/a,A\n")
+    whole = open_source(kind(tmp_path, open_source(tmp_path / "train.json")))
+    source = pipeline.first_clips(whole, 4)
+    assert list(source) == list(whole)[:4] and source.label_names == whole.label_names
+    frontend = Frontend(frames=32)
+    for stage in [
+        *pipeline.stages_of("x", source, frontend),
+        *pipeline.loader_stages([source], frontend, 2, [0, 1]),
+    ]:
+        assert stage.clips == 4
+        stage.run()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from tiny_audio import noise, write
 
 from audiomae.data import AudioError, load_audio, load_crop
+from audiomae.data.audio import open_audio
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,9 +32,26 @@ class AudioDecoder:
 
     def get_samples_played_in_range(self, start_seconds=0.0, stop_seconds=None):
         start, stop = round(start_seconds * 44100), round(stop_seconds * 44100)
-        return types.SimpleNamespace(
-            data=self.wave[:, start:stop], sample_rate=44100, pts_seconds=start_seconds
-        )
+        data = self.wave[:, start:stop]
+        if not data.shape[1]:
+            raise RuntimeError("SingleStreamDecoder.cpp:1217, No audio frames were decoded.")
+        return types.SimpleNamespace(data=data, sample_rate=44100, pts_seconds=start_seconds)
+
+
+class Unfinished(AudioDecoder):
+    """A stream of an hour and a bit that states no duration, as browsers record them."""
+
+    wave = torch.from_numpy(noise(44100)).repeat(3601)[None, : 3600 * 44100 + 777]
+    decoded = 0
+
+    def __init__(self, source):
+        super().__init__(source)
+        self.metadata.duration_seconds = None
+
+    def get_samples_played_in_range(self, start_seconds=0.0, stop_seconds=None):
+        chunk = super().get_samples_played_in_range(start_seconds, stop_seconds)
+        Unfinished.decoded += chunk.data.shape[1]
+        return chunk
 
 
 @pytest.fixture
@@ -58,6 +76,22 @@ def test_served_by_torchcodec(tmp_path, stand_in):
     (tmp_path / "empty.mkv").write_bytes(b"")
     with pytest.raises(AudioError, match="the file is empty"):
         load_audio(tmp_path / "empty.mkv")
+
+
+def test_a_stream_without_a_duration(tmp_path, stand_in, monkeypatch):
+    """Its end is found, and a crop read, by decoding some seconds of it."""
+    monkeypatch.setattr(sys.modules["torchcodec.decoders"], "AudioDecoder", Unfinished)
+    path = tmp_path / "clip.webm"
+    path.write_bytes(b"STANDIN!")
+    with open_audio(path) as reader:
+        assert reader.samples == Unfinished.wave.shape[1]
+    crop = load_crop(path, 44100, 20000, 3590 * 44100 + 5)
+    assert torch.equal(crop, Unfinished.wave[0, 3590 * 44100 + 5 :][:20000])
+    assert Unfinished.decoded < 60 * 44100
+    for seconds, samples in ((8, 0), (7, 44099), (2, 1), (2, 0), (1, 0), (0, 5), (0, 0)):
+        monkeypatch.setattr(Unfinished, "wave", Unfinished.wave[:, : seconds * 44100 + samples])
+        with open_audio(path) as reader:
+            assert reader.samples == seconds * 44100 + samples
 
 
 def test_without_torchcodec(tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ def test_many_in_a_row_stop_the_run(tmp_path):
             AudioError, match=r"100 recordings of bad in a row could not be read; the first: .*empty"
         ):
             next(iter(loader))
-    with pytest.raises(AudioError, match="none of its 5 recordings can be read"):
+    with pytest.raises(AudioError, match="none of 5 recordings can be read"):
         prepare(bad, tmp_path / "shards", FRONTEND, say=lambda line: None)
     many = Source("many", [Clip(str(files[0]))] * 100)
     with pytest.raises(AudioError, match="100 recordings in a row"):

@@ -88,7 +88,7 @@ def test_balanced_without_replacement(source):
 def test_balanced_tells_of_clips_without_labels(source, caplog):
     with_none = Source("more", [*source, Clip("none.wav")], source.label_names)
     BalancedSampler([with_none], batch_size=5, clips=20)
-    assert "1 of 101 clips have no label: balanced sampling never draws them" in caplog.text
+    assert "never draws clips without a label: 1 of 101" in caplog.text
 
 
 def test_balanced_ranks_and_resume(source):
@@ -100,7 +100,7 @@ def test_balanced_ranks_and_resume(source):
     ranks[0].load_state_dict(one.state_dict())
     assert list(ranks[0]) == [batch[:3] for batch in joined[1:]]
     other = BalancedSampler([source], batch_size=6, clips=30, replacement=True)
-    with pytest.raises(ValueError, match="taken with replacement = False, but it is True now"):
+    with pytest.raises(ValueError, match="saved with replacement = False, but it is True now"):
         other.load_state_dict(one.state_dict())
 
 
@@ -147,12 +147,12 @@ def test_repeated_classes_on_ranks_and_resumed(keywords):
     one.advance()
     ranks[0].load_state_dict(one.state_dict())
     assert list(ranks[0]) == [batch[:3] for batch in joined[1:]]
-    with pytest.raises(ValueError, match=r"taken with share = 0\.5, but it is 0\.4 now"):
+    with pytest.raises(ValueError, match=r"saved with share = 0\.5, but it is 0\.4 now"):
         RepeatingSampler([source], share=0.4, batch_size=6).load_state_dict(one.state_dict())
 
 
 def test_repeated_classes_refusals(source, keywords):
-    with pytest.raises(ValueError, match="1 of 100 clips have none or several"):
+    with pytest.raises(ValueError, match="with none or several there are 1 of 100 clips"):
         RepeatingSampler([source], share=0.5, batch_size=1)
     with pytest.raises(ValueError, match=r"share is 1.5, but a share in \(0, 1\]"):
         RepeatingSampler([keywords[0]], share=1.5, batch_size=1)

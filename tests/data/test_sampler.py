@@ -136,7 +136,7 @@ def test_another_global_batch():
     smaller = ClipSampler([source(48)], batch_size=4)
     smaller.load_state_dict(state)
     assert (smaller.epoch, smaller.position) == (0, 4)
-    with pytest.raises(ValueError, match="not a whole number of batches of 12"):
+    with pytest.raises(ValueError, match="no whole number of batches of 12"):
         sampler.advance()
         ClipSampler([source(48)], batch_size=12).load_state_dict(smaller.state_dict() | {"position": 7})
 
@@ -163,13 +163,13 @@ def test_weights():
 @pytest.mark.parametrize(
     ("clips", "options", "said"),
     [
-        (3, {"batch_size": 1, "world_size": 4}, "3 clips for 4 ranks"),
-        (3, {"batch_size": 1, "world_size": 4, "drop_last": False}, "3 clips for 4 ranks"),
-        (7, {"batch_size": 4, "world_size": 2}, "does not fill one batch of 4 on 2 ranks"),
+        (3, {"batch_size": 1, "world_size": 4}, "3 clips for 4 processes"),
+        (3, {"batch_size": 1, "world_size": 4, "drop_last": False}, "3 clips for 4 processes"),
+        (7, {"batch_size": 4, "world_size": 2}, "does not fill one batch of 4 in 2 processes"),
         (7, {"batch_size": 0}, "batch_size is 0"),
         (7, {"batch_size": 1, "rank": 1}, "rank is 1, but 0 to 0"),
         (7, {"batch_size": 1, "seed": -1}, "seed"),
-        (7, {"batch_size": 1, "weights": [1, 1]}, "for each of 1 sources"),
+        (7, {"batch_size": 1, "weights": [1, 1]}, "for each of 1 source$"),
         (7, {"batch_size": 1, "weights": [0]}, "positive"),
         (7, {"batch_size": 1, "weights": [float("nan")]}, "positive"),
     ],
@@ -194,6 +194,6 @@ def test_states_of_other_data_are_refused():
     own = ClipSampler([source(20)], batch_size=4)
     with pytest.raises(ValueError, match="lacks position"):
         own.load_state_dict({key: value for key, value in state.items() if key != "position"})
-    with pytest.raises(ValueError, match="not a whole number"):
+    with pytest.raises(ValueError, match="no whole number"):
         own.load_state_dict(state | {"position": 5})
     own.load_state_dict(state)

@@ -107,6 +107,31 @@ def test_a_data_set_of_shards_is_that_of_the_files(source, tmp_path):
         assert not two.failures
 
 
+def test_every_clip_is_packed_or_named(tmp_path):
+    """Whatever its name ends with: shards name it by what it is, and what they have no name for is left out."""
+    formats = {
+        "none": "WAV",
+        "odd.sound": "FLAC",
+        "a.json": "WAVEX",
+        "b.cls": "OGG",
+        "c.WAV": "WAV",
+        "d.sph": "NIST",
+    }
+    clips = [Clip(str(write(tmp_path / name, format=kind))) for name, kind in formats.items()]
+    source = Source("test", clips)
+    manifest = prepare(source, tmp_path / "shards", FRONTEND, say=quiet)
+    shards = open_source(tmp_path / "shards")
+    assert manifest["clips"] == len(shards) == 5
+    assert [clip.path.rpartition(".")[2] for clip in shards] == ["wav", "flac", "wav", "ogg", "wav"]
+    assert not ClipDataset([shards], FRONTEND)[0, 1].failures
+    (said,) = manifest["skipped"]
+    assert said.startswith(f"{clips[5].path}: ") and ".sph" in said and "FLAC" in said
+    library = webdataset.WebDataset(str(tmp_path / "shards" / "shard-000000.tar"), shardshuffle=False)
+    assert [json.loads(sample["json"])["source"] for sample in library] == [clip.path for clip in clips[:5]]
+    whole = prepare(source, tmp_path / "flac", FRONTEND, flac=True, say=quiet)
+    assert whole["clips"] == len(open_source(tmp_path / "flac")) == 6
+
+
 def test_several_workers_write_the_same(source, tmp_path):
     one = prepare(source, tmp_path / "one", FRONTEND, shard_size=2, say=quiet)
     two = prepare(source, tmp_path / "two", FRONTEND, shard_size=2, workers=2, say=quiet)
@@ -251,10 +276,42 @@ def test_foreign_shards(tmp_path):
     )
 
 
+def test_recordings_beside_tar_files(source, tmp_path):
+    """Recordings make a folder of recordings; shards beside them are no stray archives, and are asked about."""
+    clips = folder(tmp_path / "clips", 2)
+    tar(clips / "notes.tar", {"notes.txt": b"-"})
+    (clips / "broken.tar").write_bytes(b"no tar file")
+    (clips / "manifest.json").write_text('{"of": "another program"}')
+    assert [type(open_source(clips)), len(open_source(clips))] == [Source, 2]
+
+    wave = (clips / "clip000.wav").read_bytes()
+    shard = tar(clips / "deep" / "shard.tar", {"readme.txt": b"-", "a.wav": wave})
+    assert len(open_source(clips)) == 2
+    shard.rename(clips / "shard.tar")
+    with pytest.raises(
+        AudioError, match=r"clips: holds recordings \(.*clip000.wav\) and shards \(shard.tar\)"
+    ):
+        open_source(clips)
+    assert len(open_source(clips / "shard.tar")) == len(open_source(clips / "shard*.tar")) == 1
+
+    prepare(source, tmp_path / "ours", FRONTEND, say=quiet)
+    write(tmp_path / "ours" / "deep" / "more.flac")
+    with pytest.raises(
+        AudioError, match=r"ours: holds recordings \(.*more.flac\) and shards \(shard-000000.tar\)"
+    ):
+        open_source(tmp_path / "ours")
+    assert len(open_source(tmp_path / "ours" / "*.tar")) == 7
+
+    (tmp_path / "others").mkdir()
+    shard = (clips / "shard.tar").rename(tmp_path / "others" / "shard.tar")
+    (tmp_path / "others" / "._shard.tar").write_bytes(b"what another system leaves")
+    assert len(open_source(tmp_path / "others")) == 1
+
+
 def test_empty_and_damaged_shards(source, tmp_path, caplog):
     out = tmp_path / "shards"
     tar(out / "0.tar", {})
-    with pytest.raises(AudioError, match="none of its 1 shards holds audio"):
+    with pytest.raises(AudioError, match=r"there is no audio in 1 shard$"):
         open_source(out)
     tar(out / "1.tar", {"a.wav": write(tmp_path / "a.wav", 8000).read_bytes()})
     caplog.clear()
@@ -307,7 +364,7 @@ def test_the_command(tmp_path, capsys):
     out, err = capsys.readouterr()
     manifest = json.loads((tmp_path / "shards" / "manifest.json").read_text())
     assert f"mean {manifest['mean']:.7f}, std {manifest['std']:.7f}" in out
-    assert "3 clips, 1.5 s, in 2 shards; 1 recordings left out" in out
+    assert "3 clips, 1.5 s, in 2 shards; 1 recording left out" in out
     assert err == f"left out: {tmp_path / 'audio' / 'bad.wav'}: cannot be decoded: the file is empty\n"
     assert manifest["frontend"]["window"] == "povey"
     assert main([*arguments, "--frontend", "esc50"]) == 1

@@ -7,7 +7,7 @@ import pickle
 import pytest
 from tiny_audio import folder, write
 
-from audiomae.data import AudioError, Clip, Source, load_audio, open_source
+from audiomae.data import AudioError, Clip, Source, labelled_folder, load_audio, open_source
 
 LABELS = 'index,mid,display_name\n0,/m/a,"Dog, barking"\n2,/m/c,Cat\n1,/m/b,Rain\n'
 
@@ -136,3 +136,20 @@ def test_labels_where_there_are_none(tmp_path):
         open_source(tmp_path / "audio", labels)
     with pytest.raises(ValueError, match="labels reach from 0 to 3, but there are 2 label names"):
         Source("test", [Clip("a.wav", (0, 3))], ("a", "b"))
+
+
+def test_labelled_folder(tmp_path):
+    for path in ("b/one.wav", "a/deep/two.wav", "a/one.wav", ".hidden/x.wav"):
+        write(tmp_path / path, 800)
+    source = labelled_folder(tmp_path)
+    assert source.label_names == ("a", "b") and [clip.labels for clip in source] == [(0,), (0,), (1,)]
+    assert [clip.path for clip in source] == [
+        str(tmp_path / path) for path in ("a/deep/two.wav", "a/one.wav", "b/one.wav")
+    ]
+    with pytest.raises(AudioError, match="each of two or more classes"):
+        labelled_folder(tmp_path / "a")
+    with pytest.raises(AudioError, match="there is no folder"):
+        labelled_folder(tmp_path / "no")
+    (tmp_path / "c").mkdir()
+    with pytest.raises(AudioError, match="c: holds no audio files"):
+        labelled_folder(tmp_path)

@@ -132,6 +132,17 @@ def test_custom_csv(tmp_path):
     assert not splits.multi_label and labels_of(splits.train)["1.wav"] == ["k1"]
 
 
+def test_custom_folders_that_are_unclear(tmp_path, caplog):
+    root = labelled.class_folders(tmp_path / "plain", clips=3)
+    labelled.sound(root / "lost.wav", 0)
+    assert len(TASKS["custom"].open([str(root)]).train) == 3
+    assert "left out 1 recording beside the folders of classes: lost.wav" in caplog.text
+    for name in ("train", "test", "old"):
+        labelled.class_folders(tmp_path / "split" / name, clips=3)
+    with pytest.raises(AudioError, match="holds train, val or test, and old: are these splits or classes"):
+        TASKS["custom"].open([str(tmp_path / "split")])
+
+
 def test_custom_csv_of_rare_labels(tmp_path):
     """Several labels a clip: those that come first only once are held out together. A clip may have none."""
     rows = [f"{i}.wav,{label}" for i, label in enumerate(["a"] * 20 + ["b;a", "c;b", "d", "e", ""])]
@@ -309,7 +320,7 @@ def test_a_class_with_nothing_to_train_on(tmp_path, caplog):
     path = labelled.csv_file(tmp_path)
     path.write_text(path.read_text().replace("k0,test", "k0;late,test"))
     assert TASKS["custom"].open([str(path)]).label_names == ("k0", "k1", "k2", "late")
-    assert "1 of 4 classes have no recording to train on: late" in caplog.text
+    assert "no recording to train on for 1 of 4 classes: late" in caplog.text
 
 
 CSVS = {
@@ -319,7 +330,7 @@ CSVS = {
     "path,label,split\na.wav,,train\n": "line 2: the label is empty",
     "path,label,split\na.wav,x,train\nb.wav,x,val\n": "has 1 class, and two at least",
     "path,label,split\na.wav,x,train\nb.wav,y,val\n": r"2 of 2 recordings that .*labels.csv lists are missing",
-    "path,label\na.wav,x\nb.wav,y\n": "the class 'x' has 1 clips, too few",
+    "path,label\na.wav,x\nb.wav,y\n": "the class 'x' has 1 clip, too few",
     "path,label,split\na.wav,x,train\n./a.wav,x,test\n": r"./a.wav is there twice \(x in train and x in test\)",
     "path,label\na.wav,x\na.wav,y\n": r"a.wav is there twice \(x and y\): .*several labels go into one row",
     "path,label\na.wav,x\na.wav,x\n": "a.wav is there twice",

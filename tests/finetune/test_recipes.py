@@ -202,6 +202,15 @@ def test_what_is_missing(tmp_path, run):
     assert status == 1 and "there is no file or folder" in error
 
 
+def test_a_model_that_the_weights_are_not(run, checkpoints, tmp_path):
+    """--model beside --pretrained is what the weights must be."""
+    words = ["--task", "custom", "--data", labelled.class_folders(tmp_path / "x"), "--out", tmp_path / "y"]
+    words += ["--steps", 1, "--pretrained", checkpoints["ssast_patch"], "--model", "audiomae_small"]
+    status, _, error = run("finetune", *words)
+    assert status == 1 and "have family='ssast', but the wanted model has 'audiomae'" in error
+    assert error.count("\n") == 1 and not (tmp_path / "y").exists()
+
+
 def test_a_run_is_not_written_over(tmp_path, capsys):
     words = [
         "--task",

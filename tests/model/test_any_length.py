@@ -239,3 +239,53 @@ def test_other_refusals():
         Embedder(build("audiomae")).embed(clips([20], bins=8))
     with pytest.raises(ValueError, match="scores must be"):
         Tagger(audiomae.create_classifier("audiomae_base", 5, **SMALL), scores="raw")
+
+
+@pytest.fixture(scope="module")
+def embedder():
+    return Embedder(audiomae.create_model("audiomae_base", width=32, heads=2, depth=1, decoder="none"))
+
+
+def test_waveforms_are_tensors_or_arrays(embedder):
+    """In float32 or float64, as a batch or one by one."""
+    rows = torch.randn(2, 8000) / 9
+    expected = embedder(rows)
+    for given in (rows.numpy(), list(rows), list(rows.numpy()), [rows[0].numpy(), rows[1]]):
+        torch.testing.assert_close(embedder(given), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(embedder(rows.numpy().astype(np.float64)), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(embedder(rows[0].numpy()), expected[:1], rtol=0, atol=1e-5)
+    assert embedder([]).shape == (0, 32) and embedder(torch.zeros(0, 8000)).shape == (0, 32)
+    assert embedder(torch.zeros(8000)).isfinite().all()  # silence
+
+
+NAN = torch.tensor([0.0, float("nan")]).repeat(4000)
+
+
+@pytest.mark.parametrize(
+    ("waveform", "lengths", "sentence"),
+    [
+        (
+            [torch.zeros(8000), torch.zeros(399)],
+            None,
+            "clip 1 has 399 samples, fewer than one frame of 25 ms",
+        ),
+        ([torch.zeros(2, 8000)], None, r"clip 0 has shape \(2, 8000\), but mono"),
+        (torch.zeros(1, 2, 8000), None, r"clip 0 has shape \(2, 8000\), but mono"),
+        (torch.tensor(0.5), None, "clip 0 has 1 sample,"),
+        ([torch.zeros(8000), NAN], None, "clip 1 holds NaN"),
+        (torch.full((2, 8000), float("inf")), None, "clip 0 holds NaN or infinity"),
+        (torch.zeros(8000, dtype=torch.int16), None, "scale integer samples"),
+        ([np.zeros(8000, np.int16)], None, "scale integer samples"),
+        ("clip.wav", None, "got a str; audiomae.data.load_audio reads files"),
+        ([0.5] * 8000, None, "got a float"),
+        (torch.zeros(2, 8000), [8000], "one integer up to 8000 for each of 2 clips"),
+        (torch.zeros(2, 8000), [8000, 9000], r"one integer .* got \[8000, 9000\]"),
+        (torch.zeros(2, 8000), [8000, -5], "one integer up to 8000"),
+        (torch.zeros(2, 8000), [8000.0, 700.0], "one integer up to 8000"),
+        (torch.zeros(2, 8000), [8000, 0], "clip 1 has 0 samples"),
+        ([torch.zeros(8000)], [8000], "not to a list of clips"),
+    ],
+)
+def test_refused_waveforms(embedder, waveform, lengths, sentence):
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        embedder(waveform, lengths)

@@ -858,7 +858,7 @@ def test_wrong_masks(name):
     for mask, message in (
         (Mask.random(2, 48, 0.5), "the mask is for 48 tokens, but clips of 64 frames have 4 x 8 = 32"),
         (Mask.random(3, 32, 0.5), "the mask has 3 rows, which is no multiple of the batch of 2"),
-        (Mask.random(1, 32, 0.5), "the mask has 1 rows"),
+        (Mask.random(1, 32, 0.5), "the mask has 1 row, "),
         (
             Mask.random(2, 32, 0.5, device="meta"),
             r"the mask is on meta, the spectrogram on cpu.*mask.to\(device\)",

@@ -366,7 +366,7 @@ def test_given_ragged_masks():
     for ids, tokens, error, message in (
         ([torch.tensor([5])], [5], ValueError, r"must lie in \[0, 5\)"),
         ([torch.tensor([0, 0])], [5], ValueError, "keeps one twice"),
-        ([torch.tensor([0])], [5, 5], ValueError, "got 2 for 1 clips"),
+        ([torch.tensor([0])], [5, 5], ValueError, "got 2 for 1 clip$"),
         ([], [], ValueError, "got 0 for 0 clips"),
         (torch.tensor([[0]]), [5], TypeError, "must be a sequence of int64 tensors"),
         ([[0]], [5], TypeError, "must be a sequence of int64 tensors"),

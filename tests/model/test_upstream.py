@@ -539,7 +539,7 @@ REFUSED = {
     "missing": (
         lambda: without(window(), "decoder_norm.bias", "blocks.1.norm1.weight"),
         {},
-        r"Audio-MAE, but 2 tensors are missing: blocks\.1\.norm1\.weight, decoder_norm\.bias",
+        r"Audio-MAE, but it lacks 2 tensors: blocks\.1\.norm1\.weight, decoder_norm\.bias",
     ),
     "missing early": (lambda: without(window(), "pos_embed"), {}, "pos_embed is missing"),
     "missing tau": (
@@ -551,7 +551,7 @@ REFUSED = {
     "SSAST after fine-tuning": (
         lambda: without(ssast_frame(), "mask_embed"),
         {},
-        "SSAST, but 1 tensors? .*mask_embed",
+        "SSAST, but it lacks 1 tensor: .*mask_embed",
     ),
     "gap in the blocks": (
         lambda: {n.replace("blocks.1.", "blocks.999999999."): t for n, t in encoder().items()},

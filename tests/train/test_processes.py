@@ -143,10 +143,10 @@ def test_two_processes_stopped_and_resumed(clips, tmp_path, fsdp):
 def test_more_ranks_than_clips(clips, tmp_path, monkeypatch):
     with Processes("cpu") as processes:
         monkeypatch.setattr(processes, "world_size", 14)
-        with pytest.raises(ValueError, match="13 clips for 14 ranks; expected at least one each"):
+        with pytest.raises(ValueError, match="13 clips for 14 processes; expected at least one each"):
             Trainer(tiny(clips, tmp_path / "run"), processes)
         monkeypatch.setattr(processes, "world_size", 8)
-        with pytest.raises(ValueError, match="does not fill one batch of 2 on 8 ranks"):
+        with pytest.raises(ValueError, match="does not fill one batch of 2 in 8 processes"):
             Trainer(tiny(clips, tmp_path / "run"), processes)
 
 

@@ -297,15 +297,22 @@ def half_written(path):
     path.rename(path.with_name(path.name + ".partial"))
 
 
-@pytest.mark.parametrize(
-    "damage", [truncated, bit_flipped, without_marker, half_a_marker, without_file, half_written]
-)
+DAMAGES = [truncated, bit_flipped, without_marker, half_a_marker, without_file, half_written]
+
+
+def saved(folder, *steps, metric=None):
+    for step in steps:
+        folder.save(
+            step,
+            lambda path: checkpoints_module.write_state(path / "state.pt", {"x": torch.ones(99)}),
+            metric,
+        )
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoints_are_passed_over(tmp_path, caplog, damage):
     folder = Checkpoints(tmp_path, keep=5)
-    for step in (1, 2, 3):
-        folder.save(
-            step, lambda path: checkpoints_module.write_state(path / "state.pt", {"x": torch.ones(99)})
-        )
+    saved(folder, 1, 2, 3)
     damage(tmp_path / "step-00000003")
     with caplog.at_level(logging.WARNING, "audiomae.train"):
         assert folder.latest().step == 2
@@ -314,6 +321,79 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, caplog, damage):
     damage(tmp_path / "step-00000002")
     damage(tmp_path / "step-00000001")
     assert folder.latest() is None
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoints_push_no_good_one_out(tmp_path, caplog, damage):
+    """The last two that are kept are the last two good ones; what is damaged goes, and a warning says why."""
+    saved(Checkpoints(tmp_path, keep=9), 1, 2, 3, 4)
+    for step in (3, 4):
+        damage(tmp_path / f"step-0000000{step}")
+    folder = Checkpoints(tmp_path, keep=2)
+    assert folder.latest().step == 2
+    saved(folder, 5)
+    assert [checkpoint.step for checkpoint in folder.complete()] == [5, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000005"]
+    saved(folder, 6)
+    assert [checkpoint.step for checkpoint in folder.complete()] == [6, 5]
+    if damage in (truncated, without_file):  # told by sizes: in the run that wrote them, too
+        damage(tmp_path / "step-00000006")
+        caplog.clear()
+        saved(folder, 7)
+        assert [checkpoint.step for checkpoint in folder.complete()] == [7, 5]
+        assert "step-00000006 is removed: state.pt " in caplog.text
+
+
+def test_a_passed_over_checkpoint_that_is_written_anew_counts(tmp_path):
+    folder = Checkpoints(tmp_path, keep=2)
+    saved(folder, 1, 2)
+    bit_flipped(tmp_path / "step-00000002")
+    assert folder.latest().step == 1
+    saved(folder, 2)
+    assert [checkpoint.step for checkpoint in folder.complete()] == [2, 1] and folder.latest().step == 2
+
+
+def test_nothing_is_removed_for_a_checkpoint_that_is_not_there(tmp_path, monkeypatch):
+    """A file system that says yes to everything."""
+    folder = Checkpoints(tmp_path, keep=1)
+    saved(folder, 1)
+    rename = Path.rename
+
+    def lossy(path, target):
+        rename(path, target)
+        if Path(target).name == "step-00000002":
+            truncated(Path(target))
+
+    monkeypatch.setattr(Path, "rename", lossy)
+    with pytest.raises(OSError, match=r"step-00000002 could not be written.*last complete one is .*00000001"):
+        saved(folder, 2)
+    assert folder.latest().step == 1
+
+
+@pytest.mark.parametrize("damage", [truncated, bit_flipped])
+def test_the_best_checkpoint_is_an_intact_one(tmp_path, caplog, damage):
+    folder = Checkpoints(tmp_path)
+    for step in (1, 2, 3):
+        saved(folder, step, metric=float(step))
+    damage(tmp_path / "step-00000001")
+    assert folder.best().step == 2 and folder.best().damage() is None
+    assert damage is truncated or "step-00000001 is passed over: state.pt " in caplog.text
+
+
+def test_nothing_but_damaged_checkpoints(clips, tmp_path):
+    """A run that has come far does not start anew in silence."""
+    config = tiny(clips, tmp_path / "run", steps=1)
+    pretrain(config)
+    bit_flipped(tmp_path / "run" / "checkpoints" / "step-00000001")
+    with pytest.raises(ValueError, match="is intact: choose another --out"):
+        pretrain(tiny(clips, tmp_path / "run", steps=1, resume=True))
+    with pytest.raises(ValueError, match="holds a run already"):
+        pretrain(config)
+    assert [line["step"] for line in metrics(config.out)] == [1]
+    without_marker(
+        tmp_path / "run" / "checkpoints" / "step-00000001"
+    )  # as if it had been killed while saving
+    assert pretrain(tiny(clips, tmp_path / "run", steps=1, resume=True))
 
 
 def test_resume_behind_a_damaged_checkpoint(clips, tmp_path, caplog):
@@ -380,7 +460,7 @@ def test_a_run_is_not_written_over(clips, tmp_path):
 def test_resume_with_other_data_or_another_model(clips, tmp_path):
     pretrain(tiny(clips, tmp_path / "run", steps=1))
     other = make_clips(tmp_path / "other", count=5)
-    with pytest.raises(ValueError, match="the sampler's state was taken with sizes"):
+    with pytest.raises(ValueError, match="saved with clips per source"):
         pretrain(tiny(other, tmp_path / "run", steps=2, resume=True))
     with pytest.raises(ValueError, match="do not fit the model"):
         pretrain(tiny(clips, tmp_path / "run", steps=2, resume=True, overrides={"width": 64}))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretraining import MODELS, make_clips, tiny
+from pretraining import MODELS, make_clips, run_and_note, tiny, torchrun
 from tiny_audio import DAMAGE, damaged
 
 from audiomae.cli import main
@@ -54,6 +54,33 @@ def test_recordings_that_cannot_be_used(tmp_path, caplog):
     assert all(math.isfinite(line["loss"]) for line in lines)
 
 
+def test_named_once_by_all_processes_and_runs(tmp_path, caplog):
+    """One of two processes names what either has met; a run that goes on knows what was said, and counts on."""
+    clips = make_clips(tmp_path / "audio", count=6)
+    bad = [damaged("empty", clips / f"bad{i}.wav") for i in range(6)]
+    config = tiny(clips, tmp_path / "run", accumulate=1, batch_size=2, steps=6, log_every=2)
+    torchrun(run_and_note, 2, config, tmp_path / "said")
+    said = [(tmp_path / f"said.{rank}").read_text().splitlines() for rank in range(2)]
+    kept = [json.loads(line) for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()]
+    assert not said[1] and len(said[0]) == len(kept) == len({row["recording"] for row in kept}) == len(bad)
+    assert all(f"{path}: cannot be decoded: the file is empty" in "".join(said[0]) for path in bad)
+    before = metrics(config.out)[-1]["failures"]
+    assert before > len(bad)  # in two epochs both met some of them
+
+    with (tmp_path / "run" / "failures.jsonl").open("a") as file:
+        file.write('{"recording": "half a li')  # of a process that was killed
+    new = damaged("nan", clips / "05.wav")
+    more = tiny(clips, tmp_path / "run", accumulate=1, batch_size=4, steps=12, log_every=2, resume=True)
+    with caplog.at_level(logging.WARNING, "audiomae.data"):
+        pretrain(more)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "audiomae.data"]
+    assert line.startswith(f"{new}: has NaN")
+    kept = [json.loads(line) for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()]
+    assert len(kept) == len(bad) + 1 and kept[-1]["recording"] == str(new) and "NaN" in kept[-1]["said"]
+    counts = [line["failures"] for line in metrics(config.out)]
+    assert counts[3] == before < counts[4] and counts == sorted(counts)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_but_damaged_recordings(tmp_path, capsys, workers):
     for i in range(4):
@@ -81,7 +108,7 @@ def test_nothing_but_damaged_recordings(tmp_path, capsys, workers):
     assert main(command) == 1
     err = capsys.readouterr().err
     assert err.startswith("audiomae pretrain: 100 recordings of") and err.count("\n") == 1
-    assert str(tmp_path / "bad") in err and not (tmp_path / "run" / "model").exists()
+    assert str(tmp_path / "bad") in err and not (tmp_path / "run").exists()
 
 
 def test_a_killed_worker_ends_the_run(clips, tmp_path, monkeypatch):

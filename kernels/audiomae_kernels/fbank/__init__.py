@@ -110,9 +110,10 @@ def fbank(
             f"cannot place {mel_bins} mel filters from {low_freq} to {high_freq} Hz; expected at least one, "
             f"and 0 <= low_freq < high_freq <= {nyquist} Hz, half the sample rate"
         )
-    if waveform.shape[-1] < size:
+    samples = waveform.shape[-1]
+    if samples < size:
         raise ValueError(
-            f"the waveform has {waveform.shape[-1]} samples, fewer than one frame of {size} "
+            f"the waveform has {samples} sample{'' if samples == 1 else 's'}, fewer than one frame of {size} "
             f"({frame_length} ms at {sample_rate} Hz); pad it with zeros or leave the clip out"
         )
     settings = {
