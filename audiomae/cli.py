@@ -49,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough; what is still buffered has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        print(f"\naudiomae {options.command}: interrupted", file=sys.stderr)
+        return 130  # as a shell says it
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         sentence = str(error)
         if (

@@ -62,6 +62,14 @@ def test_wrong_command_lines(run, arguments):
     assert status == 2 and not out and "usage: audiomae" in err
 
 
+def test_interrupted(run, monkeypatch):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("audiomae.cli._doctor", interrupted)
+    assert run("doctor") == (130, "", "\naudiomae doctor: interrupted\n")
+
+
 def test_doctor(run):
     status, out, err = run("doctor")
     assert status == 0 and not err

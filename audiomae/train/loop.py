@@ -121,6 +121,7 @@ class Loop:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.plateau = Plateau()
         self.step, self.saved = 0, None
+        self.changed = ""  # what is set otherwise than before --resume
         self.total = config.total_steps(len(self.sampler))
         self.warmup = config.warmup(len(self.sampler))
         self.lr = config.learning_rate(processes.world_size)
@@ -356,6 +357,8 @@ class Loop:
             f"{self.total}, {plural(c.batch_size * c.accumulate * ranks, 'clip')} per step, on {self.device}, "
             f"{c.precision}{how}"
         )
+        if self.changed:
+            self.log.say(f"settings that were changed: {self.changed}")
         if 0 < self.total <= self.warmup:
             self.log.say(
                 f"the warm-up, {self.warmup} steps, is no shorter than the run: the rate never reaches {self.lr:.3g}. "
@@ -483,7 +486,7 @@ class Loop:
         """Go on where the newest complete checkpoint was taken, if there is one.
 
         Raises:
-            ValueError: there are some, and all of them are damaged or those of another run.
+            ValueError: there are some, and all of them are damaged or those of another run, or it is beyond the end.
         """
         found = self.checkpoints.latest() if self.processes.first else None
         found = self.processes.gather(found)[0]
@@ -498,12 +501,19 @@ class Loop:
         if state["fsdp"] != self.config.fsdp:
             one, other = ("with", "leave it out") if not state["fsdp"] else ("without", "add it")
             raise ValueError(f"{found.path} was not written {one} --fsdp: {other}, or choose another --out")
+        own = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         self._load_weights(found, state)
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)  # this run's, which may have been changed
         self.sampler.load_state_dict(state["sampler"])
         self.scaler.load_state_dict(state["scaler"])
         self.plateau = Plateau(**state["plateau"])
         self._load_own_state(state)
         self.step = self.saved = state["step"]
+        if self.step > self.total:
+            raise ValueError(
+                f"{found.path} is beyond step {self.total}, the end that was asked for: give more --steps or --epochs"
+            )
         if self.processes.first:  # one process counts on for all
             self.failures.total = state.get("failures", 0)  # earlier versions did not save it
         if len(state["random"]) == self.processes.world_size:  # with another number dropout starts anew
@@ -530,6 +540,10 @@ class Loop:
         c = self.config
         path = c.folder / "config.yaml"
         settings = c.to_dict() | {"resume": False}
+        if self.step and path.exists():
+            before = yaml.safe_load(path.read_text())
+            changed = [name for name, value in settings.items() if before.get(name, value) != value]
+            self.changed = ", ".join(f"{name} {before[name]} -> {settings[name]}" for name in changed)
         try:
             c.folder.mkdir(parents=True, exist_ok=True)
             replace_file(path, yaml.safe_dump(settings, sort_keys=False))

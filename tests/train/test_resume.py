@@ -457,6 +457,29 @@ def test_a_run_is_not_written_over(clips, tmp_path):
         pretrain(tiny(clips, tmp_path / "run", steps=1))
 
 
+def test_resume_with_other_settings(clips, tmp_path, capsys):
+    """They hold from then on, the optimizer's too, and the run says which they are."""
+    pretrain(tiny(clips, tmp_path / "run", steps=2, save_every=1, weight_decay=0.0))
+    changed = {"weight_decay": 0.5, "betas": (0.5, 0.6), "lr": 1e-2, "batch_size": 1}
+    capsys.readouterr()
+    pretrain(tiny(clips, tmp_path / "run", steps=4, save_every=1, resume=True, **changed))
+    out = capsys.readouterr().out
+    for told in (
+        "steps 2 -> 4",
+        "weight_decay 0.0 -> 0.5",
+        "betas [0.9, 0.95] -> [0.5, 0.6]",
+        "lr 0.001 -> 0.01",
+    ):
+        assert told in out, out
+    groups = state_of(tmp_path / "run", 4)["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
+    assert all(tuple(group["betas"]) == (0.5, 0.6) for group in groups)
+    with pytest.raises(ValueError, match=r"step-00000004 is beyond step 3, .*give more --steps"):
+        pretrain(tiny(clips, tmp_path / "run", steps=3, resume=True))
+    pretrain(tiny(clips, tmp_path / "run", steps=4, save_every=1, resume=True, **changed))
+    assert "settings that were changed" not in capsys.readouterr().out
+
+
 def test_resume_with_other_data_or_another_model(clips, tmp_path):
     pretrain(tiny(clips, tmp_path / "run", steps=1))
     other = make_clips(tmp_path / "other", count=5)
