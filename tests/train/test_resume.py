@@ -289,6 +289,7 @@ def test_a_fault_at_every_operation_of_a_save(tmp_path, kind):
         assert found.step in (2, 3) and torch.equal(read_state(found.path / STATE)["x"], torch.ones(99))
         if isinstance(error, OSError):
             assert f"; the last complete one is {found.path}" in str(error) and "Make room or" in str(error)
+            assert ("could not be written" in str(error)) == (found.step == 2)
         assert [checkpoint.path for checkpoint in later.complete()][:1] == [found.path]
         saved(later, 3, 4, metric=-1.0)
         assert [path.name for path in folder.iterdir()] == ["step-00000004"], number
