@@ -17,7 +17,7 @@ MAIN_TESTS := $(PY) -m pytest --ignore=tests/triton --ignore=tests/gpu $(PARALLE
 TRITON_TESTS := TRITON_INTERPRET=1 $(PY) -m pytest tests/triton $(PARALLEL)
 LIBRARY := kernels/audiomae_kernels/libaudiomae_native.so
 SANITIZED_TESTS := tests/kernels/test_native.py tests/kernels/test_native_ops.py tests/kernels/test_native_fuzz.py \
-	tests/kernels/test_attention.py \
+	tests/kernels/test_attention.py tests/kernels/test_fbank.py \
 	tests/kernels/test_native_window_attention.py -m "not slow" -k "not tier and not caches and not threads and not of_shapes and not compiled"
 
 FITS := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))

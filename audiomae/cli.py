@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from audiomae_kernels import OPS, _native, implementations
+from audiomae_kernels import FRONT_END, OPS, _native, implementations
 
 from .attention import BACKENDS, why_not
 from .classifier import Classifier
@@ -137,7 +137,7 @@ def _doctor(options: argparse.Namespace) -> int:
         print(f"  {'*' if chosen else ' '} {tier:<12} {reason}".rstrip())
     for device in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
         print(f"Ops on {device} (* serves float32)")
-        for op in OPS:
+        for op in (*FRONT_END, *OPS):
             for served in implementations(op, device):
                 state = served.reason or "available"
                 state = "no native library, see above" if state == no_native else state

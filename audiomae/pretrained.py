@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -132,7 +133,7 @@ class PretrainedMixin(
         cls, source: str | Path, *, revision=None, cache_dir=None, force_download=False, local_files_only=False,
         token=None, **overrides: Any,
     ) -> SpectrogramModel:  # fmt: skip
-        """The model in a folder or on the hub, some fields of its configuration replaced.
+        """The model in a folder, in a published file or on the hub, some fields of its configuration replaced.
 
         The keywords with a default are those of `huggingface_hub.snapshot_download`.
 
@@ -140,20 +141,30 @@ class PretrainedMixin(
             FileNotFoundError: a file is missing.
             ValueError: the files are broken, or hold a model of another class.
         """
-        folder = Path(source)
-        if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    str(source),
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                    allow_patterns=[CONFIG, WEIGHTS, EXTRAS, RECORD, PUBLISHED],
-                )
-            )
-        model = load_folder(folder, overrides)
+        path = Path(source)
+        if path.is_file():
+            from .upstream import load_upstream  # which imports this module
+
+            model = load_upstream(path, **overrides)
+        else:
+            if not path.is_dir():
+                try:
+                    path = Path(
+                        snapshot_download(
+                            str(source),
+                            revision=revision,
+                            cache_dir=cache_dir,
+                            force_download=force_download,
+                            local_files_only=local_files_only,
+                            token=token,
+                            allow_patterns=[CONFIG, WEIGHTS, EXTRAS, RECORD, PUBLISHED],
+                        )
+                    )
+                except HFValidationError:
+                    raise FileNotFoundError(
+                        f"there is no file or folder {source} (a hub id looks like owner/name)"
+                    ) from None
+            model = load_folder(path, overrides)
         if not isinstance(model, cls):
             raise ValueError(f"{source} holds a {type(model).__name__}, not a {cls.__name__}")
         return model

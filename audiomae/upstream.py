@@ -531,7 +531,11 @@ def _reason(error: Exception) -> str:
 
 def load_upstream(path: Path, **overrides: Any) -> MaskedAutoencoder | SSAST | Classifier:
     """`from_upstream` of a file; see `read_checkpoint` for what is accepted."""
-    return from_upstream(read_checkpoint(path), **overrides)
+    state = read_checkpoint(path)
+    try:
+        return from_upstream(state, **overrides)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 # -- out -----------------------------------------------------------------------------------------------------

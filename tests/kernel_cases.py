@@ -32,6 +32,7 @@ GRADIENTS = {
     "masked_mse": ("pred",),
     "info_nce": ("pred", "target"),
     "attention": ("qkv",),
+    "fbank": (),
 }
 # Parameters stay in float32 while activations are rounded to the dtype under test.
 PARAMETERS = ("tau", "bias", "mask_token", "pos")
@@ -174,6 +175,10 @@ def attention_case(name, B=2, L=7, H=3, d=16, lengths=None, dropout=0.0, view=la
         }
 
     return Case("attention", name, make, {"dropout": dropout})
+
+
+def fbank_case(name, B, samples):
+    return Case("fbank", name, lambda: {"waveform": torch.randn(B, samples, dtype=torch.float64) * 0.1})
 
 
 def apart(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from audiomae_kernels import OPS, _native
+from audiomae_kernels import FRONT_END, OPS, _native
 from cli_cases import KINDS, SOUNDS, files_below, state_dict
 
 import audiomae
@@ -76,7 +76,7 @@ def test_doctor(run):
     lines = out.splitlines()
     for package in ("python", "torch", "torchaudio", "numpy"):
         assert any(line.split()[0] == package for line in lines if line.strip())
-    for op in OPS:
+    for op in (*FRONT_END, *OPS):
         served = [line for line in lines if op in line.split()]
         assert {"reference", "native", "triton"} <= {word for line in served for word in line.split()}
         assert sum(line.lstrip().startswith("*") for line in served) == 1 + torch.cuda.is_available()
@@ -106,9 +106,8 @@ def test_doctor_and_a_tier_that_cannot_be_had(tier):
     served = [
         line.partition(" native ")[2].strip() for line in done.stdout.splitlines() if " native  " in line
     ]
-    assert served == ["no native library, see above"] * (
-        len(OPS) + 1
-    )  # and the backend of the models' attention
+    # The last one is the backend of the models' attention.
+    assert served == ["no native library, see above"] * (len(FRONT_END) + len(OPS) + 1)
 
 
 def test_doctor_and_a_library_that_is_none(tmp_path):

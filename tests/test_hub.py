@@ -170,3 +170,10 @@ def test_weights_of_another_model(folder, checkpoints, tmp_path):
         audiomae.create_model("audiomae_small", folder, colour="red")
     with pytest.raises(FileNotFoundError):
         audiomae.create_model("audiomae_small", tmp_path / "nowhere.pth")
+
+
+def test_from_pretrained_reads_published_files_too(checkpoints):
+    model = audiomae.MaskedAutoencoder.from_pretrained(checkpoints["window"])
+    assert model.config == audiomae.load(checkpoints["window"]).config and model.upstream.kind == "Audio-MAE"
+    with pytest.raises(ValueError, match="holds a Classifier, not a MaskedAutoencoder"):
+        audiomae.MaskedAutoencoder.from_pretrained(checkpoints["finetuned"])

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from audiomae_kernels import OPS, _native, _triton
+from audiomae_kernels import FRONT_END, OPS, _native, _triton
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,7 +47,7 @@ for impl in ("native", "triton"):
     except RuntimeError as error:
         said[impl] = str(error)
 served = {
-    device: {op: [list(line) for line in ak.implementations(op, device)] for op in ak.OPS}
+    device: {op: [list(line) for line in ak.implementations(op, device)] for op in (*ak.FRONT_END, *ak.OPS)}
     for device in ("cpu", "cuda")
 }
 print(json.dumps([ak.__file__, torch.cuda.is_initialized(), said, served]))
@@ -75,7 +75,7 @@ def run(code, *paths):
     assert not initialized
     assert not paths or Path(file).is_relative_to(paths[0])
     for ops in served.values():
-        assert ops.keys() == set(OPS)
+        assert ops.keys() == {*FRONT_END, *OPS}
         for op, lines in ops.items():
             assert all(available == (not reason) for _, available, reason, _ in lines)
             ops[op] = {name: (reason, chosen) for name, _, reason, chosen in lines}
@@ -95,7 +95,10 @@ def test_without_triton():
         for op, lines in served[device].items():
             reason, chosen = lines["triton"]
             missing = "Triton does not import (No module named 'triton'): "
-            assert reason.startswith("There is no triton" if op == "attention" else missing) and not chosen
+            assert (
+                reason.startswith("There is no triton" if op in ("attention", "fbank") else missing)
+                and not chosen
+            )
             assert lines["reference"][0] == ""
     assert all(lines["reference"][1] for lines in served["cuda"].values())
     assert said["triton"] == f"info_nce: impl='triton' cannot run. {served['cpu']['info_nce']['triton'][0]}"

@@ -9,12 +9,13 @@ import subprocess
 import zipfile
 
 import pytest
+import tiny_audio
 import torch
 from cli_cases import state_dict
 from safetensors.torch import load_file, save_file
 
 import audiomae
-from audiomae import pretrained
+from audiomae import hear, pretrained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -216,3 +217,60 @@ def test_json(folder, name):
 def test_huge_json(folder, monkeypatch):
     monkeypatch.setattr(pretrained, "MOST_JSON", 100)
     refused(folder, "bytes, more than any model's")
+
+
+# -- every way in --------------------------------------------------------------------------------------------
+
+
+def bombs(good, place):
+    """Files and folders that would run a command, or that are none of ours."""
+    bomb = Bomb(place / "canary", "system")
+    state = state_dict("encoder")
+    torch.save({"model": state | {"x": bomb}}, place / "new.pt")
+    torch.save({"model": state | {"x": bomb}}, place / "old.pth", _use_new_zipfile_serialization=False)
+    (place / "bare.bin").write_bytes(pickle.dumps(bomb))
+    torch.save({"model": {n: t[:, :3] if t.ndim > 1 else t for n, t in state.items()}}, place / "shapes.pth")
+    for name in ("pickled", "linked", "coded", "other"):
+        shutil.copytree(good, place / name)
+    torch.save({"model": state | {"x": bomb}}, place / "pickled/model.safetensors")
+    (place / "linked/model.safetensors").unlink()
+    (place / "linked/model.safetensors").symlink_to("/dev/zero")
+    settings = json.loads((good / "config.json").read_text())
+    (place / "coded/code.py").write_text(f"open({str(place / 'canary')!r}, 'w')")
+    (place / "coded/config.json").write_text(json.dumps(settings | {"auto_map": {"AutoModel": "code.Model"}}))
+    (place / "other/config.json").write_text('{"architectures": ["BertModel"], "hidden_size": 768}')
+    return sorted(path for path in place.iterdir() if path.name != "canary")
+
+
+def test_every_way_in_refuses_them(good, tmp_path, run):
+    """In words that name the file, with nothing executed and nothing written."""
+    place = tmp_path / "place"
+    place.mkdir()
+    tiny_audio.folder(tmp_path / "sounds/a", 3)
+    tiny_audio.folder(tmp_path / "sounds/b", 3)
+    calls = [
+        audiomae.load,
+        audiomae.Embedder,
+        hear.load_model,
+        type(audiomae.load(good)).from_pretrained,
+        lambda path: audiomae.create_model("audiomae_small", pretrained=path, **SMALL),
+        lambda path: audiomae.create_classifier(None, 2, frames=64, pretrained=path),
+    ]
+    sounds, run_folder = tmp_path / "sounds", tmp_path / "run"
+    commands = [
+        ["embed", sounds, "--out", tmp_path / "e.npz", "--model"],
+        ["tag", sounds, "--model"],
+        ["finetune", "--task=custom", "--data", sounds, "--out", run_folder, "--steps=1", "--pretrained"],
+    ]
+    for path in bombs(good, place):
+        for call in calls:
+            with pytest.raises((ValueError, FileNotFoundError)) as caught:
+                call(str(path))
+            assert str(path) in str(caught.value)
+        for command in commands:
+            status, out, err = run(*command, path)
+            assert status == 1 and str(path) in err and not out, (command[0], path.name, err)
+    assert not (place / "canary").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["place", "sounds"]
+    with pytest.raises(FileNotFoundError, match="no file or folder /nowhere/model"):
+        type(audiomae.load(good)).from_pretrained("/nowhere/model.pt")

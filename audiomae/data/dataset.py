@@ -207,10 +207,12 @@ class ClipDataset(Dataset):
             else:
                 return self.augment.on_clip(waveform, random), self._multi_hot(clip.labels)
             place = int(random.integers(len(source)))
-        raise AudioError(
-            f"{MAX_FAILURES} recordings of {source.name} in a row could not be read; the first: "
-            f"{failures[-MAX_FAILURES]}; the last: {failures[-1]}"
-        )
+        last = failures[-MAX_FAILURES:]
+        if len({failure.path for failure in last}) == len(source):
+            said = f"none of {plural(len(source), 'recording')} of {source.name} can be read"
+        else:
+            said = f"{MAX_FAILURES} recordings of {source.name} in a row could not be read"
+        raise AudioError(f"{said}; the first: {last[0]}; the last: {last[-1]}")
 
     def _crop(self, source: Source, place: int, name: str, random: np.random.Generator) -> Tensor:
         file = source.file(place)

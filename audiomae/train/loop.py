@@ -209,14 +209,14 @@ class Loop:
             with closing(self.log):
                 self._announce()
                 finished = self._train(stop, batches)
-                self.failures.share()
                 if finished:
                     self._finish()
+                self.failures.share()
         finally:
-            self.failures.flush()
             # They ignore the signal by which Python ends its children, and an error's traceback keeps them alive.
             for loader in filter(None, (self.loader, self.val_loader)):
                 loader.close()
+            self.failures.flush()
         return c.folder / "model" if finished else None
 
     def _train(self, stop: StopSignal, batches: Iterator[Batch]) -> bool:
@@ -361,8 +361,8 @@ class Loop:
             self.log.say(f"settings that were changed: {self.changed}")
         if 0 < self.total <= self.warmup:
             self.log.say(
-                f"the warm-up, {self.warmup} steps, is no shorter than the run: the rate never reaches {self.lr:.3g}. "
-                "Give --warmup-steps or --warmup-epochs"
+                f"the warm-up, {plural(self.warmup, 'step')}, is no shorter than the run: the rate never reaches "
+                f"{self.lr:.3g}. Give --warmup-steps or --warmup-epochs"
             )
 
     def _restart_interval(self) -> float:

@@ -39,6 +39,8 @@ SCHEMAS = {
 }
 
 OPS = tuple(name for name in SCHEMAS if not name.endswith("_backward"))
+# What runs before the graph begins: functions of several implementations that are no `torch.library` op.
+FRONT_END = ("fbank",)
 IMPLEMENTATIONS = ("native", "triton", "reference")
 
 # What `impl=None` tries before the reference.
@@ -89,7 +91,7 @@ class Served(NamedTuple):
     chosen: bool  # whether impl=None takes it
 
 
-_table: dict[str, dict[str, Implementation]] = {op: {} for op in OPS}
+_table: dict[str, dict[str, Implementation]] = {op: {} for op in (*FRONT_END, *OPS)}
 
 
 def register(op: str, name: str, forward: Callable, backward: Callable | None = None, **limits) -> None:
@@ -127,7 +129,7 @@ def implementations(
 ) -> list[Served]:
     """Which implementations serve `op` for tensors of `dtype` on `device`, and why the others do not."""
     if op not in _table:
-        raise ValueError(f"There is no op {op!r}; the ops are {', '.join(OPS)}.")
+        raise ValueError(f"There is no op {op!r}; the ops are {', '.join(_table)}.")
     device = torch.device(device)
     chosen = _choose(op, device, dtype)
     lines = []
@@ -169,6 +171,11 @@ def resolve(op: str, impl: str | None, *tensors: Tensor | None, **options) -> st
     if reason:
         raise RuntimeError(f"{op}: impl={impl!r} cannot run. {reason}")
     return impl
+
+
+def forward(op: str, impl: str) -> Callable:
+    """The function of an implementation that `resolve` named."""
+    return _table[op][impl].forward
 
 
 def _choose(op: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -11,6 +11,8 @@ constexpr const char* kSchemas[] = {
     "attention(Tensor qkv, Tensor? cu_seqlens, Tensor? seed, float dropout) -> (Tensor, Tensor)",
     "attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor statistics, Tensor? cu_seqlens, Tensor? seed,"
     " float dropout) -> Tensor",
+    "fbank(Tensor waveform, Tensor window, Tensor first, Tensor bins, Tensor weights, int fft_size, int shift,"
+    " float preemphasis, bool remove_dc_offset) -> Tensor",
     "patch_gather(Tensor spectrogram, Tensor ids, int patch_t, int patch_f, int stride_t, int stride_f)"
     " -> Tensor",
     "unshuffle(Tensor tokens, Tensor ids_keep, Tensor mask_token, Tensor pos) -> Tensor",

@@ -101,10 +101,13 @@ def test_many_in_a_row_stop_the_run(tmp_path):
     assert not data[0, 0].failures
     for workers in (0, 1):
         loader = make_loader(data, ClipSampler([good, bad], batch_size=6), workers)
-        with pytest.raises(
-            AudioError, match=r"100 recordings of bad in a row could not be read; the first: .*empty"
-        ):
+        with pytest.raises(AudioError, match=r"none of 5 recordings of bad can be read; the first: .*empty"):
             next(iter(loader))
+    many = Source("many", [Clip(str(tmp_path / f"{i}.wav")) for i in range(5, 200)])
+    with pytest.raises(
+        AudioError, match=r"100 recordings of many in a row could not be read; the first: .*no such"
+    ):
+        ClipDataset([many], FRONTEND)[0, 0]
     with pytest.raises(AudioError, match="none of 5 recordings can be read"):
         prepare(bad, tmp_path / "shards", FRONTEND, say=lambda line: None)
     many = Source("many", [Clip(str(files[0]))] * 100)

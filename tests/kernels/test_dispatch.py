@@ -76,7 +76,7 @@ def test_native_serves_patch_gather_on_the_cpu_if_it_is_there():
 
 def test_unknown_op_is_refused():
     with pytest.raises(
-        ValueError, match="There is no op 'convolution'; the ops are attention, window_attention"
+        ValueError, match="There is no op 'convolution'; the ops are fbank, attention, window_attention"
     ):
         ak.implementations("convolution")
 

@@ -1,5 +1,6 @@
 """Random calls of all native ops in every ISA tier that the machine runs."""
 
+import math
 import os
 import subprocess
 import sys
@@ -58,3 +59,25 @@ def test_an_attention_that_is_slightly_wrong_shows(monkeypatch, op, fewest, fact
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(1)
     assert len(wrong) == 0 if factor == 1 else len(wrong) >= fewest, wrong
+
+
+@pytest.mark.parametrize("factor", [1, 1 + 2**-14])
+def test_a_filter_bank_that_is_slightly_wrong_shows(monkeypatch, factor):
+    right = ak.fbank
+
+    def scaled(waveform, *, impl, **settings):
+        mel = right(waveform, impl=impl, **settings)
+        return mel + math.log(factor) if impl == "native" else mel
+
+    monkeypatch.setattr(ak, "fbank", scaled)
+    wrong = 0
+    try:
+        for seed in range(16):
+            try:
+                native_fuzz.fuzz(seed, seed + 1, ["fbank"])
+            except AssertionError:
+                wrong += 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(1)
+    assert wrong == 0 if factor == 1 else wrong >= 8

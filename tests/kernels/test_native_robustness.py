@@ -11,7 +11,14 @@ import pytest
 import torch
 from audiomae_kernels import _native
 from budget import evaluate
-from kernel_cases import attention_case, info_nce_case, patch_case, unshuffle_case, window_attention_case
+from kernel_cases import (
+    attention_case,
+    fbank_case,
+    info_nce_case,
+    patch_case,
+    unshuffle_case,
+    window_attention_case,
+)
 from torch.utils.data import Dataset
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=_native.why_not() or "loaded")
@@ -25,11 +32,17 @@ CASES = (
     patch_case("masked_mse", "large", 256, 128, (16, 16), B=3, K=90),
     info_nce_case("large", 3, 90, 70),
     attention_case("large", B=2, L=90, H=5, d=32, dropout=0.1),
+    fbank_case("large", 3, 20000),
 )
 
 
 def inputs():
-    return [(case, case.tensors(dtype)) for case in CASES for dtype in (torch.float32, torch.bfloat16)]
+    dtypes = {"fbank": (torch.float32,)}
+    return [
+        (case, case.tensors(dtype))
+        for case in CASES
+        for dtype in dtypes.get(case.op, (torch.float32, torch.bfloat16))
+    ]
 
 
 def results(given, impl="native"):
@@ -77,7 +90,7 @@ def in_process(code, **environment):
 
 
 def test_every_op_is_tried():
-    assert {case.op for case in CASES} == set(ak.OPS)
+    assert {case.op for case in CASES} == {*ak.FRONT_END, *ak.OPS}
 
 
 def test_the_number_of_threads_changes_no_bit():
@@ -156,6 +169,8 @@ from audiomae_kernels import _native
 print([name for name, chosen, _ in _native.cpu_tiers() if chosen])
 given = inputs()
 for (case, actual), (_, expected) in zip(results(given), results(given, "reference")):
+    if case.op == "fbank":
+        continue  # weak bins lose more digits; test_fbank judges them
     for name, value in actual.items():
         rtol = 20 * torch.finfo(value.dtype).eps
         atol = rtol * float(expected[name].abs().max())

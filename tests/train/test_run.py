@@ -107,7 +107,7 @@ def test_nothing_but_damaged_recordings(tmp_path, capsys, workers):
     ]
     assert main(command) == 1
     err = capsys.readouterr().err
-    assert err.startswith("audiomae pretrain: 100 recordings of") and err.count("\n") == 1
+    assert err.startswith("audiomae pretrain: none of 4 recordings of") and err.count("\n") == 1
     assert str(tmp_path / "bad") in err and not (tmp_path / "run").exists()
 
 
