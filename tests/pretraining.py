@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import shutil
 import socket
 import traceback
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from faults import fault
 
 from audiomae.train import Checkpoints, TrainConfig, Trainer, pretrain
 from audiomae.train.checkpoints import read_state
@@ -137,6 +139,34 @@ def gradients(config, processes):
     trainer._step([next(batches) for _ in range(config.accumulate)])
     found = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
     return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}
+
+
+def save_with_faults(rank, config, kinds, every):
+    """Saves again and again, each time with a fault of the first process's disk `every` operations later."""
+    with Processes("cpu") as processes:
+        trainer = Trainer(config, processes)
+        trainer.metric, consumed = None, trainer.sampler.state_dict()
+        trainer._restart_interval()
+        trainer._step([next(trainer._batches())])  # the optimizer has something to save
+        trainer.step = 1
+        trainer._save(consumed)
+        for kind in kinds:
+            trainer.step, number, error = 2, 1 - every, True
+            while error:
+                number, error = number + every, None
+                with fault(trainer.checkpoints.folder, kind, number if rank == 0 else 10**9):
+                    try:
+                        trainer._save(consumed)
+                    except OSError as caught:
+                        error = str(caught)
+                last = trainer.checkpoints.latest()
+                written = not error or "was written, but not synced" in error
+                assert processes.gather(last.step) == [1 + written] * 2, (kind, number, error)
+                assert not error or f"the last complete one is {last.path}" in error, (kind, number, error)
+                processes.gather(None)
+                if rank == 0 and written:
+                    shutil.rmtree(last.path)
+            assert number > 8, (kind, number)
 
 
 def write_gradients(rank, configs, path):

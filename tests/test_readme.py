@@ -86,7 +86,8 @@ def user_folder(tmp_path, monkeypatch):
     )
     model = audiomae.create_model("audiomae_base")
     torch.save({"model": audiomae.to_upstream(model), "epoch": 32}, "pretrained.pth")
-    model.save_pretrained("audiomae_as2m")
+    for folder in ("audiomae_as2m", "runs/first/model"):
+        model.save_pretrained(folder)
     classifier = audiomae.create_classifier("audiomae_base", 3)
     torch.save({"model": audiomae.to_upstream(classifier)}, "finetuned.pth")
     names = ("dog", "cat", "rain")
@@ -132,6 +133,18 @@ def test_bench_command(page, line, capsys):
     with pytest.raises(SystemExit) as stop:
         bench.__main__.main(shlex.split(line)[3:])
     assert stop.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+BENCH = re.findall(
+    r"(?<![\w.])python -m bench (models|kernels|data)\b([^`#\n]*)",
+    TEXTS["README.md"] + (ROOT / "bench/README.md").read_text(),
+)
+
+
+@pytest.mark.parametrize("level, options", BENCH)
+def test_bench_command_line(level, options):
+    """Its words are known ones; the suite's own tests run them."""
+    bench.__main__._parser().parse_args([level, *shlex.split(options)])
 
 
 @pytest.mark.parametrize("line", [line for _, line in lines("make ")])

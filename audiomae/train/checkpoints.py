@@ -100,8 +100,12 @@ class Checkpoints:
             last = next(self.complete(), None)
             rest = "there is no earlier one" if last is None else f"the last complete one is {last.path}"
             reason = getattr(cause, "strerror", None) or cause or error
+            done = last is not None and last.path == final
+            what = (
+                "was written, but not synced, or older ones not removed" if done else "could not be written"
+            )
             raise OSError(
-                f"the checkpoint {final} could not be written: {reason}; {rest}. Make room or choose another folder, "
+                f"the checkpoint {final} {what}: {reason}; {rest}. Make room or choose another folder, "
                 "then go on with --resume"
             ) from error
 

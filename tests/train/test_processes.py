@@ -10,6 +10,7 @@ from pretraining import (
     gradients,
     make_clips,
     run,
+    save_with_faults,
     state_of,
     tiny,
     torchrun,
@@ -138,6 +139,14 @@ def test_two_processes_stopped_and_resumed(clips, tmp_path, fsdp):
         assert len(state_of(tmp_path / "parts", 5)["random"]) == 2
         pretrain(tiny(clips, tmp_path / "parts", batch_size=4, accumulate=1, steps=6, resume=True))
         assert Checkpoints(tmp_path / "parts" / "checkpoints").latest().step == 6
+
+
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_disk_that_fails_under_fsdp2(clips, tmp_path, every):
+    """At one operation after another of the first process: an error in both, and the earlier checkpoint stays."""
+    config = tiny(clips, tmp_path / "run", fsdp=True, accumulate=1, steps=2)
+    torchrun(save_with_faults, 2, config, ["full", "read-only"], every)
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest().step == 1
 
 
 def test_more_ranks_than_clips(clips, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """A run that was stopped, killed, or could not write: it goes on as if nothing had been."""
 
 import errno
+import itertools
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import Killed, fault
 from pretraining import MODELS, assert_same_bits, leaves, make_clips, start, state_of, tiny
 
 import audiomae
@@ -23,6 +25,8 @@ from audiomae.cli import main
 from audiomae.data import recordings
 from audiomae.train import Checkpoints, Trainer, TrainingError, pretrain
 from audiomae.train import checkpoints as checkpoints_module
+from audiomae.train.checkpoints import read_state
+from audiomae.train.loop import STATE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -265,6 +269,33 @@ def test_a_folder_that_cannot_be_made(clips, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"--out .* cannot be written: Not a directory"):
         pretrain(tiny(clips, tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize("kind", ["killed", "full", "read-only"])
+def test_a_fault_at_every_operation_of_a_save(tmp_path, kind):
+    """Files, syncs, renames, the marker, the removal of the older one; then the next process goes on."""
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+        saved(Checkpoints(folder, keep=1), 1, 2, metric=1.0)
+        error = None
+        try:
+            with fault(folder, kind, number) as happened:
+                saved(Checkpoints(folder, keep=1), 3, metric=0.0)
+        except (OSError, Killed) as caught:
+            error = caught
+        assert (error is not None) == happened.reached, number
+        later = Checkpoints(folder, keep=1)
+        found = later.latest()
+        assert found.step in (2, 3) and torch.equal(read_state(found.path / STATE)["x"], torch.ones(99))
+        if isinstance(error, OSError):
+            assert f"; the last complete one is {found.path}" in str(error) and "Make room or" in str(error)
+            assert ("could not be written" in str(error)) == (found.step == 2)
+        assert [checkpoint.path for checkpoint in later.complete()][:1] == [found.path]
+        saved(later, 3, 4, metric=-1.0)
+        assert [path.name for path in folder.iterdir()] == ["step-00000004"], number
+        if error is None:
+            break
+    assert number > (8 if kind == "full" else 12), "too few operations were seen"
 
 
 # -- damage --------------------------------------------------------------------------------------------------
