@@ -152,7 +152,7 @@ def _evaluate_one(
             run, source = _run_settings(folder / "config.yaml"), folder / "model"
             noted = folder / SPLITS_FILE
             break
-    if path.is_dir() and not run and (path / "checkpoints").is_dir():
+    if (path / "checkpoints").is_dir() and not (path / "model").is_dir():
         raise ValueError(
             f"{path} holds a run that has not come to its end: go on with it, with audiomae finetune --resume"
         )

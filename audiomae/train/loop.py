@@ -510,6 +510,7 @@ class Loop:
         self.plateau = Plateau(**state["plateau"])
         self._load_own_state(state)
         self.step = self.saved = state["step"]
+        self.metric = found.metric
         if self.step > self.total:
             raise ValueError(
                 f"{found.path} is beyond step {self.total}, the end that was asked for: give more --steps or --epochs"
@@ -555,6 +556,7 @@ class Loop:
     def _finish(self) -> None:
         """What comes after the last step."""
         self._write_model()
+        self.log.say(f"wrote {self.config.folder / 'model'}")
 
     def _metrics(self) -> dict[str, float]:
         """What the model's record says of how good it is."""
@@ -588,7 +590,6 @@ class Loop:
                 ) from error
 
         self._together(write)
-        self.log.say(f"wrote {folder}")
 
 
 def _cut_to_shortest(waveform: Tensor, lengths: Tensor, seeds: Tensor | None) -> tuple[Tensor, Tensor]:

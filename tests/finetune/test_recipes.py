@@ -7,6 +7,7 @@ import pytest
 import yaml
 from labelled import TINY, run
 
+import audiomae
 from audiomae.finetune import RECIPES, TASKS, EvaluateConfig, TuneConfig
 from audiomae.finetune.command import run_finetune
 from audiomae.train.command import parse
@@ -200,6 +201,16 @@ def test_what_is_missing(tmp_path, run):
     nothing = tmp_path / "nothing"
     status, _, error = run("evaluate", "--model", nothing, "--task", "custom", "--data", tmp_path)
     assert status == 1 and "there is no file or folder" in error
+
+
+def test_evaluate_of_a_run_of_pre_training(run, tmp_path):
+    """It has come to its end, and has no classes."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    audiomae.create_model("audiomae_small", **TINY).save_pretrained(tmp_path / "run" / "model")
+    (tmp_path / "run" / "config.yaml").write_text("model: audiomae_small\nsteps: 3\npicture_every: 0\n")
+    words = ["--task", "custom", "--data", labelled.class_folders(tmp_path / "x")]
+    status, _, error = run("evaluate", "--model", tmp_path / "run", *words)
+    assert status == 1 and "which has no classes yet: fine-tune it first" in error
 
 
 def test_a_model_that_the_weights_are_not(run, checkpoints, tmp_path):

@@ -507,8 +507,11 @@ def test_resume_with_other_settings(clips, tmp_path, capsys):
     assert all(tuple(group["betas"]) == (0.5, 0.6) for group in groups)
     with pytest.raises(ValueError, match=r"step-00000004 is beyond step 3, .*give more --steps"):
         pretrain(tiny(clips, tmp_path / "run", steps=3, resume=True))
+    record = audiomae.load(tmp_path / "run").record
+    assert record.metrics["training loss"] == losses(tmp_path / "run")[4]
     pretrain(tiny(clips, tmp_path / "run", steps=4, save_every=1, resume=True, **changed))
     assert "settings that were changed" not in capsys.readouterr().out
+    assert audiomae.load(tmp_path / "run").record == record  # a job that is started once more than needed
 
 
 def test_resume_with_other_data_or_another_model(clips, tmp_path):
