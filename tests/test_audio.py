@@ -87,11 +87,11 @@ def test_bad_files_are_named(tmp_path):
 
     cases = {
         tmp_path / "missing.wav": "no such file",
-        tmp_path: "no such file",
+        tmp_path: "is a folder, no file",
         bad("text.wav", b"this is not audio" * 100): "cannot be decoded",
         bad("nothing.flac", b""): "cannot be decoded",
         bad("header.wav", header[:20]): "cannot be decoded",
-        bad("zero.wav", with_rate(0)): "zero",
+        bad("zero.wav", with_rate(0)): "states no sample rate",
         bad("slow.wav", with_rate(7)): "sample rate of 7 Hz",
         bad("fast.wav", with_rate(2_000_000_000)): "sample rate of 2000000000 Hz",
         bad("prime.wav", with_rate(44101)): "filter would be huge",
