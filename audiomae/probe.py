@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,25 +38,53 @@ __all__ = ["LinearProbe", "folds", "nearest_neighbours", "probe"]
 DECAYS = tuple(10.0**k for k in range(-4, 0))
 
 
-def folds(labels: Tensor, number: int, seed: int = 0) -> Tensor:
+def folds(labels: Tensor, number: int, seed: int = 0, groups: Sequence[str] | None = None) -> Tensor:
     """(N,) the fold of each clip: each class is spread over all folds as evenly as can be.
 
+    Args:
+        labels: (N,) class numbers.
+        number: of folds.
+        groups: N names; clips of one name, such as those cut from one recording, stay in one fold.
+
     Raises:
-        ValueError: fewer than two folds, or a class with fewer clips than folds.
+        ValueError: fewer than two folds, or a class with fewer clips, or groups, than folds.
     """
-    counts = labels.bincount()
+    what = "recordings" if groups is None else "groups of recordings"
+    if groups is None:
+        counts = labels.bincount()
+    else:
+        names = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+        group = torch.tensor([names[name] for name in groups])
+        held = torch.zeros(len(names), int(labels.max()) + 1, dtype=torch.int64)
+        held.index_put_((group, labels), torch.ones_like(labels), accumulate=True)
+        counts = (held > 0).sum(dim=0)
     fewest = int(counts[counts > 0].min())
     if not 2 <= number <= fewest:
         raise ValueError(
-            f"{number} folds need at least 2, and as many recordings of each class: the rarest has {fewest}"
+            f"{number} folds need at least 2, and as many {what} of each class: the rarest has {fewest}"
         )
     generator = torch.Generator().manual_seed(seed)
+    if groups is not None:
+        return _grouped(held, number, generator)[group]
     fold = torch.empty_like(labels)
     for label in range(len(counts)):
         members = (labels == label).nonzero().flatten()
         shuffled = members[torch.randperm(len(members), generator=generator)]
         # Each class begins where the last one ended, so that the folds are of one size.
         fold[shuffled] = (torch.arange(len(members)) + int(counts[:label].sum())) % number
+    return fold
+
+
+def _grouped(held: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """(G, classes) clips of each class in each group -> (G,) its fold, large groups first."""
+    fold = torch.empty(len(held), dtype=torch.int64)
+    filled = held.new_zeros(number, held.shape[1])
+    order = torch.randperm(len(held), generator=generator)
+    for i in order[held.sum(dim=1)[order].argsort(descending=True, stable=True)].tolist():
+        # Where there is least of what it brings; of equal ones the smallest fold.
+        shares = zip((filled * held[i]).sum(dim=1).tolist(), filled.sum(dim=1).tolist(), strict=True)
+        fold[i] = min(enumerate(shares), key=lambda each: each[1])[0]
+        filled[fold[i]] += held[i]
     return fold
 
 
@@ -120,6 +149,7 @@ def probe(
     number: int = 5,
     k: int = 10,
     seed: int = 0,
+    groups: Sequence[str] | None = None,
 ) -> list[float]:
     """Accuracy on each fold of a classifier fitted to the other folds.
 
@@ -128,7 +158,7 @@ def probe(
         labels: N class numbers from 0.
         method: "linear" or "knn" (of the `k` nearest).
         number: of folds.
-        seed: of the folds.
+        seed, groups: of the folds, see `folds`.
 
     Raises:
         ValueError: an unknown method, or too many folds for the rarest class.
@@ -136,7 +166,7 @@ def probe(
     if method not in ("linear", "knn"):
         raise ValueError(f"method must be 'linear' or 'knn', got {method!r}")
     features, labels = features.cpu().float(), torch.as_tensor(labels)
-    classes, fold = int(labels.max()) + 1, folds(labels, number, seed)
+    classes, fold = int(labels.max()) + 1, folds(labels, number, seed, groups)
     accuracies = []
     for i in range(number):
         test = fold == i
@@ -157,7 +187,7 @@ def add_command(commands: Any) -> None:
         help="how well frozen embeddings tell the classes of a folder apart",
         description="Embeds a folder that holds a folder of recordings for each class, and measures the accuracy of "
         "a linear layer or of the nearest neighbours on frozen embeddings by cross-validation. Folds are drawn clip "
-        "by clip: where several clips were cut from one recording, the figure is too good.",
+        "by clip: where several clips were cut from one recording, the figure is too good without --group.",
     )
     parser.add_argument(
         "folder", type=Path, metavar="FOLDER", help="with a folder of recordings for each class"
@@ -166,11 +196,39 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--folds", type=positive, default=5, help="default: %(default)s")
     parser.add_argument("--neighbours", type=positive, default=10, help="of knn; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the folds; default: %(default)s")
+    parser.add_argument(
+        "--group",
+        type=_pattern,
+        metavar="REGEX",
+        help="found in each path below FOLDER; clips in which its first group (or all of it) is the same text stay in "
+        "one fold: '(.*)-' for dog/park-1.wav and dog/park-2.wav",
+    )
     parser.add_argument("--layer", type=layer, default="last", help="as of embed; default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="JSON", help="write the figures here too")
     add_any_length(parser)
     add_model(parser)
     parser.set_defaults(run=_probe)
+
+
+def _pattern(text: str) -> re.Pattern:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+
+
+def _groups(recordings: Sequence[Recording], folder: Path, pattern: re.Pattern | None) -> list[str] | None:
+    """What the pattern finds in each recording's path below the folder."""
+    if pattern is None:
+        return None
+    found = []
+    for recording in recordings:
+        path = str(Path(recording.name).relative_to(folder))
+        match = pattern.search(path)
+        if match is None:
+            raise ValueError(f"--group {pattern.pattern!r} finds nothing in {path}")
+        found.append(match[1] if pattern.groups and match[1] is not None else match[0])
+    return found
 
 
 def _probe(options: argparse.Namespace) -> int:
@@ -179,7 +237,8 @@ def _probe(options: argparse.Namespace) -> int:
     source = labelled_folder(options.folder)
     recordings = [Recording(clip.path, source, i) for i, clip in enumerate(source)]
     labels, names = [clip.labels[0] for clip in source], source.label_names
-    folds(torch.tensor(labels), options.folds, options.seed)
+    groups = _groups(recordings, options.folder, options.group)
+    folds(torch.tensor(labels), options.folds, options.seed, groups)
     device = check_device(options.device)
     embedder = Embedder(
         open_model(options.model, options, random="a baseline").float(),
@@ -188,7 +247,7 @@ def _probe(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         device=device,
     )
-    number = {recording.name: label for recording, label in zip(recordings, labels, strict=True)}
+    number = {recording.name: i for i, recording in enumerate(recordings)}
     failed: list[str] = []
     rows, kept = [], []
     for good, waveforms in load_batches(
@@ -198,6 +257,8 @@ def _probe(options: argparse.Namespace) -> int:
         kept += [number[recording.name] for recording in good]
     if not rows:
         raise ValueError(f"none of {plural(len(recordings), 'recording')} in {options.folder} could be used")
+    groups = None if groups is None else [groups[i] for i in kept]
+    kept = [labels[i] for i in kept]
     accuracies = probe(
         torch.cat(rows),
         kept,
@@ -205,6 +266,7 @@ def _probe(options: argparse.Namespace) -> int:
         number=options.folds,
         k=options.neighbours,
         seed=options.seed,
+        groups=groups,
     )
     mean, std = torch.tensor(accuracies).mean().item(), torch.tensor(accuracies).std().item()
     chance = max(kept.count(label) for label in set(kept)) / len(kept)
@@ -221,6 +283,7 @@ def _probe(options: argparse.Namespace) -> int:
             "method": options.method,
             "layer": options.layer,
             "seed": options.seed,
+            "group": options.group and options.group.pattern,
             "clips": len(kept),
             "classes": list(names),
             "left_out": failed,

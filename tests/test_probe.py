@@ -30,6 +30,25 @@ def test_folds_hold_each_class_evenly():
             folds(labels, number)
 
 
+def test_groups_stay_together():
+    """Groups of one to four clips of one class, and some of two classes; folds stay even."""
+    random = np.random.RandomState(0)
+    rows = [(g % 3, f"{g}") for g in range(60) for _ in range(random.randint(1, 5))]
+    rows += [(label, f"both{g}") for g in range(5) for label in (0, 1)]
+    random.shuffle(rows)
+    labels, groups = torch.tensor([int(label) for label, _ in rows]), [name for _, name in rows]
+    fold = folds(labels, 5, groups=groups)
+    for name in set(groups):
+        assert len({int(f) for f, g in zip(fold, groups, strict=True) if g == name}) == 1
+    for label in range(3):
+        each = fold[labels == label].bincount(minlength=5)
+        assert each.max() - each.min() <= 4
+    assert torch.equal(fold, folds(labels, 5, groups=groups))
+    assert not torch.equal(fold, folds(labels, 5, seed=1, groups=groups))
+    with pytest.raises(ValueError, match="groups of recordings of each class: the rarest has 1"):
+        folds(torch.tensor([0, 0, 1, 1]), 2, groups=["a", "a", "b", "c"])
+
+
 def test_linear_probe_is_logistic_regression():
     """The gradient of its objective is 0 at what it finds, and it does not care for the scale of a feature."""
     features, labels = blobs(noise=1.0)
@@ -114,3 +133,29 @@ def test_refusals(refused, checkpoints, folder, tmp_path):
     assert "two or more classes" in refused("probe", folder / "tone", *model)
     assert "the rarest has 10" in refused("probe", folder, *model, "--folds", 11)
     assert "does not exist" in refused("probe", folder, *model, "--out", tmp_path / "no" / "p.json")
+
+
+def test_command_with_groups(run, refused, checkpoints, folder, tmp_path):
+    """Two takes of each of five tones and noises; one file cannot be read."""
+    for path in list(folder.rglob("*.wav")):
+        path.rename(path.with_name(f"{int(path.stem) % 5}-{int(path.stem) // 5}.wav"))
+    arguments = [
+        "probe",
+        folder,
+        "--model",
+        checkpoints["encoder"],
+        "--folds",
+        3,
+        "--out",
+        tmp_path / "p.json",
+    ]
+    status, out, _ = run(*arguments, "--group", "(.*)-")
+    assert status == 0 and out.count("fold ") == 3
+    assert json.loads((tmp_path / "p.json").read_text())["group"] == "(.*)-"
+    (folder / "tone" / "0-0.wav").write_text("no recording")
+    assert run(*arguments, "--group", "(.*)-")[0] == 1
+    message = refused(*arguments, "--group", r"[a-z]+")
+    assert "groups of recordings of each class: the rarest has 1" in message
+    assert "--group 'take' finds nothing in noise/0-0.wav" in refused(*arguments, "--group", "take")
+    status, _, err = run(*arguments, "--group", "(")
+    assert status == 2 and "'(' is no regular expression" in err

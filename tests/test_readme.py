@@ -33,6 +33,7 @@ HERE = {
     "--workers 8": "--workers 1",
     "workers=8": "workers=0",
     "--layer 6": "--layer 2",
+    "'(.*)-'": "'(.*)[.]'",
     "batch_size=64": "batch_size=4",
     '"cuda"': '"cpu"',
     "steps=20, batch_size=4": "steps=1, batch_size=2, workers=0, model_overrides=SIZES",
