@@ -585,8 +585,10 @@ class Loop:
             try:
                 replace_folder(folder, model.save_pretrained)
             except (OSError, SafetensorError) as error:
+                reason = getattr(error, "strerror", None) or error
                 raise OSError(
-                    f"{folder} could not be written: {error}; {self._path()} is complete"
+                    f"{folder} could not be written: {reason}; {self._path()} is complete: make room, then go on with "
+                    "--resume"
                 ) from error
 
         self._together(write)

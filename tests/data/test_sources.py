@@ -146,7 +146,7 @@ def test_labelled_folder(tmp_path):
     assert [clip.path for clip in source] == [
         str(tmp_path / path) for path in ("a/deep/two.wav", "a/one.wav", "b/one.wav")
     ]
-    with pytest.raises(AudioError, match="each of two or more classes"):
+    with pytest.raises(AudioError, match="each class, of which 2 at least"):
         labelled_folder(tmp_path / "a")
     with pytest.raises(AudioError, match="there is no folder"):
         labelled_folder(tmp_path / "no")

@@ -301,6 +301,22 @@ def test_a_picture_that_cannot_be_written(clips, tmp_path):
         pretrain(tiny(clips, tmp_path / "run", picture_every=4))
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_disk_that_is_full_when_the_model_is_written(clips, tmp_path, number):
+    """All steps are made: the next process has the model to write, and no more."""
+    with (
+        fault(tmp_path / "run" / "model", "full", number),
+        pytest.raises(OSError, match="is complete: make") as no,
+    ):
+        pretrain(tiny(clips, tmp_path / "run", steps=1))
+    assert "Errno" not in str(no.value) and "model could not be written: No space left on device" in str(
+        no.value
+    )
+    assert pretrain(tiny(clips, tmp_path / "run", steps=1, resume=True)) == tmp_path / "run" / "model"
+    assert audiomae.load(tmp_path / "run").record.metrics
+    assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith("model.")]
+
+
 def test_a_folder_that_cannot_be_made(clips, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"--out .* cannot be written: Not a directory"):
