@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ class Log:
         if self._board is not None:
             self._board.close()
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # of a line that could not be written, which `metrics` has said
+                self._file.close()
 
 
 class Failures(FailureLog):

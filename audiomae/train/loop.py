@@ -227,7 +227,7 @@ class Loop:
             consumed = self.sampler.state_dict()
             micro = [self._take(batches) for _ in range(c.accumulate)]
             if self.processes.any(stop.requested is not None):
-                if self.step != self.saved:
+                if self.step and self.step != self.saved:  # before the first step starting anew is the same
                     if self.step > self._first and self.processes.any(self._diverged()):
                         self._log_interval()  # which says so, and ends the run
                     self._save(consumed)
