@@ -180,9 +180,12 @@ def _evaluate_one(
         splits = TASKS[task].open(data, val_data, None if fold is None else int(fold))
     names = model.config.frontend.labels or splits.label_names
     if model.config.num_classes != len(splits.label_names) or names != splits.label_names:
+        held = (
+            "; recordings of some of its classes are --val-data, with --split val" if task == "custom" else ""
+        )
         raise ValueError(
             f"{source} tells {model.config.num_classes} classes apart ({', '.join(names[:3])}, ...), but "
-            f"{TASKS[task].title} has {len(splits.label_names)} ({', '.join(splits.label_names[:3])}, ...)"
+            f"{TASKS[task].title} has {len(splits.label_names)} ({', '.join(splits.label_names[:3])}, ...){held}"
         )
     split, frontend = splits[config.split], model.config.frontend
     try:

@@ -216,7 +216,10 @@ class Tuner(Loop):
         return spectrogram, self._mask(spectrogram, frames, *stream) if masks else None, frames
 
     def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {"loss": self.loss}
+        start = self.config.pretrained
+        if start and Path(start).is_absolute():
+            start = Path(start).name  # where it lies is nobody's business
+        return super()._settings() | {"loss": self.loss, "pretrained": start}
 
     def _losses(self, batch: Batch, inputs: tuple) -> dict[str, Tensor]:
         logits = self.wrapped(*inputs).logits.float()

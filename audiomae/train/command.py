@@ -34,6 +34,8 @@ _REPLACES |= {
     "upstream_roll_mag": ("gain", "roll"),
     "balanced": ("repeat_classes",),
     "repeat_classes": ("balanced", "replacement", "epoch_clips"),
+    "ema": ("average_from",),
+    "average_from": ("ema",),
 }
 
 
