@@ -262,6 +262,10 @@ def read_labels(path: str | os.PathLike) -> tuple[dict[str, int], tuple[str, ...
 def label_indices(mids: Mapping[str, int], given: str | Sequence[str], where: str) -> tuple[int, ...]:
     """Positions of labels that are mids: a list of them, or one string with commas."""
     names = given.split(",") if isinstance(given, str) else given
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise AudioError(
+            f"{where}: the labels are {given!r:.80}, but mids were expected, as a text or a list"
+        )
     names = [name.strip() for name in names if name.strip()]
     if unknown := [name for name in names if name not in mids]:
         raise AudioError(f"{where}: the label {unknown[0]!r} is not in the label CSV")

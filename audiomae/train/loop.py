@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -475,7 +476,10 @@ class Loop:
         if self.config.fsdp:
             model, optimizer = get_state_dict(self.model, self.optimizer)
             sharded = {"model": model, "optimizer": optimizer}
-            self._together(explained(dcp.save, sharded, checkpoint_id=partial), everywhere=True)
+            # Running statistics are each process's own: the first one's are kept, as elsewhere.
+            plan = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+            save = explained(dcp.save, sharded, checkpoint_id=partial, planner=plan)
+            self._together(save, everywhere=True)
         else:
             state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self._together(explained(write_state, partial / STATE, state))
