@@ -50,6 +50,11 @@ class Predictions:
     unreadable: int
 
 
+class _LeftOut(FailureLog):
+    def _say(self, failure: str) -> None:
+        _log.warning("%s; left out", failure)
+
+
 @torch.no_grad()
 def predict(
     model: Classifier,
@@ -147,7 +152,7 @@ def _evaluate_one(
     config: EvaluateConfig, path: Path, fold: str | None, out: Path, processes: Processes
 ) -> tuple[str, str | None, Report]:
     run, source, data = {}, path, config.data
-    for folder in (path, path.parent):  # of the run, or the folder with its model
+    for folder in (path, path.parent) if path.name == "model" else (path,):  # of the run
         if (folder / "config.yaml").is_file() and (folder / "model").is_dir():
             run, source = _run_settings(folder / "config.yaml"), folder / "model"
             data = as_noted(folder, config.task or run.get("task"), data or run.get("data", []))
@@ -206,7 +211,7 @@ def _evaluate_one(
 
     model.to(processes.device).eval()
     with closing(loader), autocast(processes.device, config.precision):
-        found = predict(model, loader, spectrogram_of, processes, FailureLog())
+        found = predict(model, loader, spectrogram_of, processes, _LeftOut())
     return task, fold, measure(found.logits, found.targets, splits.label_names, splits.multi_label)
 
 
@@ -240,7 +245,7 @@ def tell(reports: Mapping[str, Report], title: str, folder: Path, processes: Pro
                 write_report(folder / f"fold-{fold}" if len(reports) > 1 else folder, report, title)
             if len(reports) > 1:
                 (folder / "metrics.json").write_text(json.dumps(summary(reports), indent=2) + "\n")
-        except (OSError, ImportError) as caught:
+        except OSError as caught:
             error = OSError(f"{folder} could not be written: {caught}")
         print(table(reports, title), f"wrote {folder}" if error is None else "", sep="\n", flush=True)
     processes.agree(error)

@@ -403,9 +403,22 @@ def test_a_clip_that_cannot_be_read_is_left_out(data, tmp_path, caplog):
     shutil.copytree(data["many"].parent, root)
     finetune(config(root / "labels.csv", tmp_path / "run", steps=1))
     (root / "clips" / "16.wav").write_bytes(b"")
+    caplog.clear()
     found = evaluate(EvaluateConfig(model=str(tmp_path / "run"), workers=0, device="cpu"))[""]
     assert found.metrics["clips"] == 2
     assert "left out 1 clip that could not be read" in caplog.text
+    assert "16.wav: " in caplog.text and "takes its place" not in caplog.text
+
+
+def test_another_model_in_the_folder_of_a_run(data, tmp_path):
+    """Is not the run's, whose model is called that."""
+    finetune(config(data["one"], tmp_path / "run", steps=1))
+    shutil.copytree(tmp_path / "run" / "model", tmp_path / "run" / "other")
+    shutil.copy(tmp_path / "run" / "model" / "model.safetensors", tmp_path / "run" / "other.safetensors")
+    for name in ("other", "other.safetensors"):
+        with pytest.raises(ValueError, match="there is no --task"):
+            evaluate(EvaluateConfig(model=str(tmp_path / "run" / name), workers=0, device="cpu"))
+    assert evaluate(EvaluateConfig(model=str(tmp_path / "run" / "model"), workers=0, device="cpu"))
 
 
 def test_recordings_that_were_added_since(tmp_path):
