@@ -70,8 +70,10 @@ def assert_same_bits(found, expected):
     found, expected = leaves(found), leaves(expected)
     assert [name for name, _ in found] == [name for name, _ in expected]
     for (name, one), (_, other) in zip(found, expected, strict=True):
-        same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-        assert same, name
+        if isinstance(one, torch.Tensor):
+            assert torch.equal(one, other), f"{name}: {(one != other).sum()} of {one.numel()} values differ"
+        else:
+            assert one == other, name
 
 
 def start(config, **environment):
