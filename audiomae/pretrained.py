@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import json
 import shutil
+import types
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,11 +68,22 @@ class Record:
         recipe: name of published settings, if it was one.
         settings: of the run, JSON-able.
         metrics: by name, as measured at its end.
+
+    Raises:
+        TypeError: they are something else.
     """
 
     recipe: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.recipe, (str, types.NoneType)) or not isinstance(self.settings, dict):
+            raise TypeError("the recipe should be a name, and the settings values by name")
+        if not isinstance(self.metrics, dict) or not all(
+            isinstance(v, (int, float)) for v in self.metrics.values()
+        ):
+            raise TypeError("the metrics should be numbers by name")
 
 
 def build(config: configs.Config) -> SpectrogramModel:
@@ -305,12 +317,13 @@ def _card_body(model: SpectrogramModel) -> str:
     if not record.metrics:
         return "\n".join([*lines, "None were measured."])
     lines += ["| metric | value |", "| --- | --- |"]
-    return "\n".join(lines + [f"| {name} | {value:.4f} |" for name, value in record.metrics.items()])
+    shown = {name: f"{v:.4f}" if isinstance(v, float) else v for name, v in record.metrics.items()}
+    return "\n".join(lines + [f"| {name} | {value} |" for name, value in shown.items()])
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
     save_file(tensors, path, metadata=metadata)
-    # safetensors lets its owner alone read a file, whatever the umask: the configuration beside it has the usual mode.
+    # safetensors lets its owner alone read a file, whatever the umask; the configuration beside it obeys that.
     shutil.copymode(path.with_name(CONFIG), path)
 
 

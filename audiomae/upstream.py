@@ -404,7 +404,8 @@ def _infer_mae_ast(state: State, overrides: dict[str, Any]) -> MAEConfig:
     if tokens not in ("patch", "frame"):
         raise ValueError(
             "MAE-AST's patch and frame models have the same keys and shapes: say which this is with "
-            f'tokens="patch" or tokens="frame", on the command line --tokens patch or frame (got {tokens!r})'
+            'tokens="patch" or tokens="frame", on the command line --tokens patch or frame, to finetune: --model '
+            f"mae_ast_patch_base or mae_ast_frame_base (got {tokens!r})"
         )
     width = _shape(state, "post_extract_proj.weight", 2)[0]
     sizes = _encoder_sizes(state, width, "encoder.layers.", "fc1.weight", overrides)

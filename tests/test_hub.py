@@ -56,6 +56,7 @@ def test_push_and_load(hub):
         "Recipe `audiomae_base.esc50`.",
         "| steps | 100 |",
         "| accuracy | 0.9123 |",
+        "| clips | 400 |",
         "2 blocks of width 64 with 1 head",
     ):
         assert line in card, line

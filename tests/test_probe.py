@@ -130,7 +130,7 @@ def test_command(run, checkpoints, folder, method, tmp_path):
 def test_refusals(refused, checkpoints, folder, tmp_path):
     model = ["--model", checkpoints["encoder"]]
     assert "no folder" in refused("probe", tmp_path / "nowhere", *model)
-    assert "two or more classes" in refused("probe", folder / "tone", *model)
+    assert "of which 2 at least were expected" in refused("probe", folder / "tone", *model)
     assert "the rarest has 10" in refused("probe", folder, *model, "--folds", 11)
     assert "does not exist" in refused("probe", folder, *model, "--out", tmp_path / "no" / "p.json")
 

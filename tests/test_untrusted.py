@@ -214,6 +214,17 @@ def test_json(folder, name):
         refused(folder, "is no model configuration|is no record|matches no known model")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [{"recipe": 3}, {"settings": None}, {"settings": "loss"}, {"metrics": {"mAP": "high"}}, {"metrics": [1]}],
+    ids=str,
+)
+def test_records_of_another_kind(folder, content):
+    """Commands and model cards go by them."""
+    (folder / "record.json").write_text(json.dumps(content))
+    refused(folder, "is no record of a training run")
+
+
 def test_huge_json(folder, monkeypatch):
     monkeypatch.setattr(pretrained, "MOST_JSON", 100)
     refused(folder, "bytes, more than any model's")

@@ -47,6 +47,7 @@ DAMAGE = {
     "data_mp3": "cut short|none could be decoded|cannot be decoded",
     "extension": "cannot be decoded",
     "nan": "NaN",
+    "overflow": "samples up to 1e\\+25, where 1 is full scale",
     "zero_hertz": "cannot be decoded: its header states no sample rate",
     "one_sample": "fewer than one frame",
     "unreadable": "Permission denied|Input/output error",
@@ -70,6 +71,10 @@ def damaged(kind: str, path: Path) -> Path:
         path.write_text("this is not audio " * 100)
     elif kind == "nan":
         soundfile.write(path, np.full(16000, np.nan, dtype=np.float32), 16000, subtype="FLOAT")
+    elif kind == "overflow":  # floats with a flipped bit
+        samples = noise(16000)
+        samples[::100] = 1e25
+        soundfile.write(path, samples, 16000, subtype="FLOAT")
     elif kind == "zero_hertz":
         content = write(path).read_bytes()
         path.write_bytes(content[:24] + struct.pack("<I", 0) + content[28:])

@@ -61,6 +61,10 @@ _UNKNOWN_SIZE = 0x7FFF_0000
 _MPEG_SLACK = 2 * 1152
 
 
+# Integers of 32 bits that were written as floats, unscaled. Beyond it are damaged floats, whose power overflows.
+_LARGEST = 2.0**31
+
+
 class AudioError(ValueError):
     """A recording that cannot be used; the message names the file and says why."""
 
@@ -253,8 +257,11 @@ def _read(reader: Reader, start: int, count: int, name: str) -> Tensor:
             f"{start + len(channels)}"
         )
     waveform = channels.mean(dim=1)
-    if not torch.isfinite(waveform).all():
+    peak = waveform.abs().max().item()
+    if not math.isfinite(peak):
         raise AudioError(f"{name}: has NaN or infinite samples")
+    if peak > _LARGEST:
+        raise AudioError(f"{name}: has samples up to {peak:.3g}, where 1 is full scale: damaged, or no audio")
     return waveform
 
 
@@ -274,7 +281,7 @@ def decode(path: str | os.PathLike, start: int = 0, frames: int | None = None) -
 
     Raises:
         AudioError: the file is missing, unreadable or cut short, holds no samples from `start` on, states an
-            implausible sample rate, or has NaN or infinite samples.
+            implausible sample rate, or has NaN, infinite or impossibly large samples.
         ImportError: soundfile is not installed.
     """
     if start < 0 or (frames is not None and frames < 1):

@@ -452,9 +452,9 @@ def _run(options: argparse.Namespace) -> None:
 def _frontend(options: argparse.Namespace) -> Frontend:
     if options.model is None:
         return Frontend.named(options.frontend)
-    from audiomae.config import list_models, model_config
+    from audiomae.config import is_name, model_config
     from audiomae.create import load
 
-    if options.model in list_models():
+    if is_name(options.model):
         return model_config(options.model).frontend
     return load(options.model).config.frontend

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from audiomae.data.audio import AUDIO_SUFFIXES, AudioError
+from audiomae.words import plural
 
 __all__ = ["Clip", "Source", "labelled_folder", "open_source"]
 
@@ -162,20 +163,31 @@ def open_source(spec: str | os.PathLike, labels: str | os.PathLike | None = None
     raise AudioError(f"{text}: no such file or folder")
 
 
-def labelled_folder(folder: str | os.PathLike) -> Source:
-    """The recordings of a folder that holds a folder of them for each of two or more classes.
+def labelled_folder(folder: str | os.PathLike, least: int = 2) -> Source:
+    """The recordings of a folder that holds a folder of them for each class; others beside these are told.
 
     Each clip has one label, the number of its class; the classes' names, in order, are `label_names`.
 
+    Args:
+        least: classes that are expected.
+
     Raises:
-        AudioError: there is no such folder, it holds fewer than two folders, or one without recordings.
+        AudioError: there is no such folder, it holds fewer folders, or one without recordings.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise AudioError(f"there is no folder {folder}")
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if len(names) < 2:
-        raise AudioError(f"{folder}: should hold a folder of recordings for each of two or more classes")
+    if len(names) < least:
+        raise AudioError(
+            f"{folder}: should hold a folder of recordings for each class, of which {least} at least were expected"
+        )
+    loose = sorted(path.name for path in folder.iterdir() if _is_audio(path) and path.is_file())
+    if loose:
+        _log.warning(
+            "%s: left out %s beside the folders of classes: %s%s", folder, plural(len(loose), "recording"),
+            ", ".join(loose[:3]), ", ..." if len(loose) > 3 else "",
+        )  # fmt: skip
     clips = []
     for number, name in enumerate(names):
         source = open_source(folder / name)
@@ -188,6 +200,10 @@ def labelled_folder(folder: str | os.PathLike) -> Source:
 def _no_labels(path: Path, labels: str | os.PathLike | None, kind: str) -> None:
     if labels is not None:
         raise AudioError(f"{path}: is {kind}, which has no labels; leave {os.fspath(labels)} out")
+
+
+def _is_audio(path: Path) -> bool:
+    return path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith(".")
 
 
 def _audio_files(folder: Path) -> list[Path]:
@@ -204,11 +220,7 @@ def _audio_files(folder: Path) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            path
-            for path in (Path(parent, name) for name in files)
-            if path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith(".")
-        ]
+        found += [path for path in (Path(parent, name) for name in files) if _is_audio(path)]
     return sorted(found)
 
 
@@ -250,6 +262,10 @@ def read_labels(path: str | os.PathLike) -> tuple[dict[str, int], tuple[str, ...
 def label_indices(mids: Mapping[str, int], given: str | Sequence[str], where: str) -> tuple[int, ...]:
     """Positions of labels that are mids: a list of them, or one string with commas."""
     names = given.split(",") if isinstance(given, str) else given
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise AudioError(
+            f"{where}: the labels are {given!r:.80}, but mids were expected, as a text or a list"
+        )
     names = [name.strip() for name in names if name.strip()]
     if unknown := [name for name in names if name not in mids]:
         raise AudioError(f"{where}: the label {unknown[0]!r} is not in the label CSV")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ..config import is_name
+from ..config import is_name, suggest
 from ..data import Augment
 from ..train.config import RunConfig, check_least, option
 from .tasks import TASKS
@@ -95,6 +95,7 @@ class TuneConfig(RunConfig):
 
     def check(self) -> None:
         super().check()
+        _check_task(self.task)
         task = TASKS[self.task]
         if self.model is None and self.pretrained is None:
             raise ValueError(
@@ -212,6 +213,13 @@ class EvaluateConfig:
             )
         check_least("batch_size", self.batch_size, 1)
         check_least("workers", self.workers, 0)
+        if self.task is not None:
+            _check_task(self.task)
+
+
+def _check_task(name: str) -> None:
+    if name not in TASKS:
+        raise ValueError(f"there is no task {name!r}{suggest(name, TASKS)}; there are {', '.join(TASKS)}")
 
 
 #: Audio-MAE, Table 3 and section 4.2 of the paper; the decay by layer and fp16, which it does not state, are the

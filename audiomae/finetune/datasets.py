@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..data import AudioError, Clip, Source, open_source
+from ..data import AudioError, Clip, Source, labelled_folder, open_source
 from ..data.audio import AUDIO_SUFFIXES
 from ..data.sources import label_indices, read_labels
 from ..words import plural
@@ -561,8 +561,10 @@ def _custom_rows(path: Path) -> tuple[list[Row], bool]:
 
 def _custom_folder(folder: Path) -> list[Row]:
     children = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not children:
+        raise AudioError(f"{folder}: holds no folders, one for each class. Custom data are {CUSTOM}")
     splits = [_SPLIT_NAMES.get(child.name.lower()) for child in children]
-    if children and all(splits):
+    if all(splits):
         if len(set(splits)) < len(splits):
             raise AudioError(f"{folder}: two of {', '.join(c.name for c in children)} are the same split")
         return [
@@ -579,17 +581,8 @@ def _custom_folder(folder: Path) -> list[Row]:
 
 
 def _custom_folder_of_classes(folder: Path) -> list[Row]:
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not classes:
-        raise AudioError(f"{folder}: holds no folders, one for each class. Custom data are {CUSTOM}")
-    if loose := [
-        p.name for p in sorted(folder.iterdir()) if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file()
-    ]:
-        _log.warning(
-            "%s: left out %s beside the folders of classes: %s%s", folder, plural(len(loose), "recording"),
-            ", ".join(loose[:3]), ", ..." if len(loose) > 3 else "",
-        )  # fmt: skip
-    return [(clip.path, (c.name,), None) for c in classes for clip in open_source(c)]
+    source = labelled_folder(folder, least=1)
+    return [(clip.path, (source.label_names[clip.labels[0]],), None) for clip in source]
 
 
 def _custom_csv(path: Path) -> tuple[list[Row], bool]:

@@ -50,6 +50,11 @@ class Predictions:
     unreadable: int
 
 
+class _LeftOut(FailureLog):
+    def _say(self, failure: str) -> None:
+        _log.warning("%s; left out", failure)
+
+
 @torch.no_grad()
 def predict(
     model: Classifier,
@@ -146,22 +151,18 @@ def _require_all(runs: Mapping[str, Path], config: EvaluateConfig, folder: Path)
 def _evaluate_one(
     config: EvaluateConfig, path: Path, fold: str | None, out: Path, processes: Processes
 ) -> tuple[str, str | None, Report]:
-    run, source, noted = {}, path, None
-    for folder in (path, path.parent):  # of the run, or the folder with its model
+    run, source, data = {}, path, config.data
+    for folder in (path, path.parent) if path.name == "model" else (path,):  # of the run
         if (folder / "config.yaml").is_file() and (folder / "model").is_dir():
             run, source = _run_settings(folder / "config.yaml"), folder / "model"
-            noted = folder / SPLITS_FILE
+            data = as_noted(folder, config.task or run.get("task"), data or run.get("data", []))
             break
     if (path / "checkpoints").is_dir() and not (path / "model").is_dir():
         raise ValueError(
             f"{path} holds a run that has not come to its end: go on with it, with audiomae finetune --resume"
         )
     task = config.task or run.get("task")
-    data, val_data = config.data or run.get("data", []), config.val_data or run.get("val_data", [])
-    if noted is not None and noted.is_file() and task == run.get("task") and _same(data, run["data"]):
-        data = [
-            str(noted)
-        ]  # recordings that were added since would be dealt out anew, some of them for the test
+    val_data = config.val_data or run.get("val_data", [])
     trained = run.get("fold")
     if fold and trained and fold != str(trained):
         raise ValueError(
@@ -180,12 +181,16 @@ def _evaluate_one(
             f"{source} holds a {type(model).__name__}, which has no classes yet: fine-tune it first, with audiomae "
             "finetune --pretrained"
         )
-    splits = TASKS[task].open(data, val_data, None if fold is None else int(fold))
+    with processes.warn_once():
+        splits = TASKS[task].open(data, val_data, None if fold is None else int(fold))
     names = model.config.frontend.labels or splits.label_names
     if model.config.num_classes != len(splits.label_names) or names != splits.label_names:
+        held = (
+            "; recordings of some of its classes are --val-data, with --split val" if task == "custom" else ""
+        )
         raise ValueError(
             f"{source} tells {model.config.num_classes} classes apart ({', '.join(names[:3])}, ...), but "
-            f"{TASKS[task].title} has {len(splits.label_names)} ({', '.join(splits.label_names[:3])}, ...)"
+            f"{TASKS[task].title} has {len(splits.label_names)} ({', '.join(splits.label_names[:3])}, ...){held}"
         )
     split, frontend = splits[config.split], model.config.frontend
     try:
@@ -206,12 +211,22 @@ def _evaluate_one(
 
     model.to(processes.device).eval()
     with closing(loader), autocast(processes.device, config.precision):
-        found = predict(model, loader, spectrogram_of, processes, FailureLog())
+        found = predict(model, loader, spectrogram_of, processes, _LeftOut())
     return task, fold, measure(found.logits, found.targets, splits.label_names, splits.multi_label)
 
 
-def _same(one: Sequence[str], other: Sequence[str]) -> bool:
-    return [os.path.abspath(path) for path in one] == [os.path.abspath(path) for path in other]
+def as_noted(folder: Path, task: str | None, data: list[str]) -> list[str]:
+    """`data`, or where the run in this folder drew its splits from them, the file in which it noted these.
+
+    Recordings that were added since would be dealt out anew, some that were trained on for the test.
+    """
+    noted, run = folder / SPLITS_FILE, _run_settings(folder / "config.yaml")
+    same = run.get("task") == task and _paths(run.get("data", [])) == _paths(data)
+    return [str(noted)] if same and noted.is_file() else data
+
+
+def _paths(data: Sequence[str]) -> list[str]:
+    return [os.path.realpath(os.path.expanduser(path)) for path in data]
 
 
 def _run_settings(path: Path) -> dict[str, Any]:
@@ -230,7 +245,7 @@ def tell(reports: Mapping[str, Report], title: str, folder: Path, processes: Pro
                 write_report(folder / f"fold-{fold}" if len(reports) > 1 else folder, report, title)
             if len(reports) > 1:
                 (folder / "metrics.json").write_text(json.dumps(summary(reports), indent=2) + "\n")
-        except (OSError, ImportError) as caught:
+        except OSError as caught:
             error = OSError(f"{folder} could not be written: {caught}")
         print(table(reports, title), f"wrote {folder}" if error is None else "", sep="\n", flush=True)
     processes.agree(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from ..train.loop import STATE, Loop, schedule
 from ..train.processes import Processes, StopSignal
 from .config import TuneConfig
 from .datasets import write_splits
-from .evaluate import SPLITS_FILE, Predictions, predict, tell
+from .evaluate import SPLITS_FILE, Predictions, as_noted, predict, tell
 from .metrics import Report, measure
 from .tasks import TASKS
 
@@ -85,7 +86,8 @@ class Tuner(Loop):
     def __init__(self, config: TuneConfig, processes: Processes):
         self.average: AveragedModel | None = None
         self.report: Report | None = None
-        super().__init__(config, processes)
+        with processes.warn_once():
+            super().__init__(config, processes)
         if config.ema is not None:
             if processes.first and self.total * (1 - config.ema) < 1:
                 _log.warning(
@@ -104,7 +106,8 @@ class Tuner(Loop):
     def _create(self) -> Classifier:
         c = self.config
         task = TASKS[c.task]
-        self.splits = task.open(c.data, c.val_data, None if c.fold is None else int(c.fold))
+        data = as_noted(c.folder, c.task, c.data) if c.resume else c.data
+        self.splits = task.open(data, c.val_data, None if c.fold is None else int(c.fold))
         if self.splits.multi_label and c.loss == "ce":
             raise ValueError(
                 f"clips of {task.title} have several labels: --loss ce takes one each; give --loss bce"
@@ -150,8 +153,9 @@ class Tuner(Loop):
         dataset = ClipDataset(
             train, self.frontend, augment=c.augment, seconds=TASKS[c.task].seconds, seed=c.seed
         )
-        val = self.splits.test if self.splits.val is None else self.splits.val
-        return sampler, self._loader(dataset, sampler), self._in_order(val)
+        val, test = (split and self._in_order(split) for split in (self.splits.val, self.splits.test))
+        self.test_loader = test or val
+        return sampler, self._loader(dataset, sampler), val or test
 
     def _in_order(self, source: Source) -> DataLoader:
         dataset = ClipDataset(
@@ -212,7 +216,10 @@ class Tuner(Loop):
         return spectrogram, self._mask(spectrogram, frames, *stream) if masks else None, frames
 
     def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {"loss": self.loss}
+        start = self.config.pretrained
+        if start and Path(start).is_absolute():
+            start = Path(start).name  # where it lies is nobody's business
+        return super()._settings() | {"loss": self.loss, "pretrained": start}
 
     def _losses(self, batch: Batch, inputs: tuple) -> dict[str, Tensor]:
         logits = self.wrapped(*inputs).logits.float()
@@ -293,12 +300,11 @@ class Tuner(Loop):
             self.model.load_state_dict(self._kept.state_dict())
             self.average = None
         super()._finish()
-        test = self.splits.test
-        loader = self.val_loader if test is None or self.splits.val is None else self._in_order(test)
-        found = self._predict(loader)
+        with closing(self.test_loader):
+            found = self._predict(self.test_loader)
         self.report = measure(found.logits, found.targets, self.splits.label_names, self.splits.multi_label)
         self._write_model()  # once more, for its record
-        split = "validation" if test is None else "test"
+        split = "validation" if self.splits.test is None else "test"
         task, fold = TASKS[self.config.task], self.config.fold
         title = f"{task.title}, {split}" + (f", fold {fold}" if fold else "")
         tell({fold or "": self.report}, title, self.config.folder / split, self.processes)

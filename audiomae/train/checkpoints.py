@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -255,7 +256,7 @@ def _step_of(path: Path) -> int | None:
 
 
 def _best(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
-    rated = [checkpoint for checkpoint in checkpoints if checkpoint.metric is not None]
+    rated = [c for c in checkpoints if c.metric is not None and not math.isnan(c.metric)]
     return min(rated, key=lambda checkpoint: checkpoint.metric, default=None)
 
 

@@ -34,22 +34,31 @@ _REPLACES |= {
     "upstream_roll_mag": ("gain", "roll"),
     "balanced": ("repeat_classes",),
     "repeat_classes": ("balanced", "replacement", "epoch_clips"),
+    "ema": ("average_from",),
+    "average_from": ("ema",),
 }
 
 
+#: YAML in which 1e-3 is a number.
+_load = jsonargparse.get_loader("yaml")
+
+
 class _Repeated(argparse.Action):
-    """An option that may come several times; what the command line says replaces the configuration file's list."""
+    """An option that may come several times: a list of items, or fields that are merged into a dict."""
 
     def __init__(self, *args: Any, item: type = str, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.item, self.values = item, []
+        self.item, self.values = item, {} if item is dict else []
 
     def __call__(self, parser, namespace, values, option_string=None):
         try:
-            self.values.append(self.item(values))
-        except ValueError:
+            value = _load(values) if self.item is dict else self.item(values)
+        except (ValueError, yaml.YAMLError):
+            value = None
+        if not isinstance(value, self.item):
             parser.error(f"{option_string} is {values!r}, but {_expected(self.item)} was expected")
-        setattr(namespace, self.dest, list(self.values))
+        self.values = {**self.values, **value} if self.item is dict else [*self.values, value]
+        setattr(namespace, self.dest, self.values)
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -138,8 +147,9 @@ def _parser(kind: type, command: str, of_file: bool = False, description: str = 
         fresh = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         settings = {"default": fresh, "help": help_of[field.name]}
         type_ = hints[field.name]
-        if not of_file and typing.get_origin(type_) is list:
-            settings |= {"action": _Repeated, "item": typing.get_args(type_)[0]}
+        if not of_file and typing.get_origin(type_) in (list, dict):
+            item = dict if typing.get_origin(type_) is dict else typing.get_args(type_)[0]
+            settings |= {"action": _Repeated, "item": item}
         elif not of_file and type_ is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
@@ -152,7 +162,7 @@ def _read(path: str, parser: _Parser) -> dict[str, Any]:
     """The settings in a file."""
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+            content = _load(file.read())
     except OSError as error:
         parser.error(f"--config {path} cannot be read: {error.strerror}")
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -227,7 +228,7 @@ class Loop:
             consumed = self.sampler.state_dict()
             micro = [self._take(batches) for _ in range(c.accumulate)]
             if self.processes.any(stop.requested is not None):
-                if self.step != self.saved:
+                if self.step and self.step != self.saved:  # before the first step starting anew is the same
                     if self.step > self._first and self.processes.any(self._diverged()):
                         self._log_interval()  # which says so, and ends the run
                     self._save(consumed)
@@ -475,7 +476,10 @@ class Loop:
         if self.config.fsdp:
             model, optimizer = get_state_dict(self.model, self.optimizer)
             sharded = {"model": model, "optimizer": optimizer}
-            self._together(explained(dcp.save, sharded, checkpoint_id=partial), everywhere=True)
+            # Running statistics are each process's own: the first one's are kept, as elsewhere.
+            plan = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+            save = explained(dcp.save, sharded, checkpoint_id=partial, planner=plan)
+            self._together(save, everywhere=True)
         else:
             state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self._together(explained(write_state, partial / STATE, state))
@@ -585,8 +589,10 @@ class Loop:
             try:
                 replace_folder(folder, model.save_pretrained)
             except (OSError, SafetensorError) as error:
+                reason = getattr(error, "strerror", None) or error
                 raise OSError(
-                    f"{folder} could not be written: {error}; {self._path()} is complete"
+                    f"{folder} could not be written: {reason}; {self._path()} is complete: make room, then go on with "
+                    "--resume"
                 ) from error
 
         self._together(write)

@@ -127,9 +127,14 @@ class Trainer(Loop):
             spectrogram, _, _ = self._inputs(batch, PICTURE, random_start=False)
             images = reconstruct(self.model, spectrogram)
         if self.processes.first and find_spec("matplotlib") is not None:
-            folder = self.config.folder / "pictures"
-            folder.mkdir(exist_ok=True)
-            draw_reconstruction(folder / f"step-{self.step:08d}.png", *images, title=f"step {self.step}")
+            picture = self.config.folder / "pictures" / f"step-{self.step:08d}.png"
+            try:
+                picture.parent.mkdir(exist_ok=True)
+                draw_reconstruction(picture, *images, title=f"step {self.step}")
+            except OSError as error:
+                raise OSError(
+                    f"{picture} cannot be written: {error.strerror or error}; go on with --resume"
+                ) from error
 
 
 def _unlabelled(spec: str) -> Any:

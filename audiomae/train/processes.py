@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import signal
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -59,6 +61,18 @@ class Processes(AbstractContextManager):
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    @contextmanager
+    def warn_once(self) -> Iterator[None]:
+        """Of what all processes find alike, the first one alone warns."""
+        log = logging.getLogger("audiomae")
+        level = log.level
+        if not self.first:
+            log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
 
     def any(self, flag: bool) -> bool:
         """Whether it is set in any process. The hosts wait for each other, not for their devices."""

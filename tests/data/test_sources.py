@@ -129,6 +129,14 @@ def test_label_files_refused(tmp_path, content, said):
         open_source(manifest, written(tmp_path / "labels.csv", content))
 
 
+@pytest.mark.parametrize("given", ["3", "null", "[1]", '{"/m/a": 1}'])
+def test_labels_that_are_no_mids(tmp_path, given):
+    manifest = written(tmp_path / "a.json", f'{{"data": [{{"wav": "a.wav", "labels": {given}}}]}}')
+    with pytest.raises(AudioError, match=r"a\.json, entry 0: the labels are .*, but mids were expected"):
+        open_source(manifest, written(tmp_path / "labels.csv", LABELS))
+    assert open_source(manifest)[0].labels == ()  # nobody asked for them
+
+
 def test_labels_where_there_are_none(tmp_path):
     labels = written(tmp_path / "labels.csv", LABELS)
     folder(tmp_path / "audio", 1)
@@ -146,7 +154,7 @@ def test_labelled_folder(tmp_path):
     assert [clip.path for clip in source] == [
         str(tmp_path / path) for path in ("a/deep/two.wav", "a/one.wav", "b/one.wav")
     ]
-    with pytest.raises(AudioError, match="each of two or more classes"):
+    with pytest.raises(AudioError, match="each class, of which 2 at least"):
         labelled_folder(tmp_path / "a")
     with pytest.raises(AudioError, match="there is no folder"):
         labelled_folder(tmp_path / "no")

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import labelled
@@ -141,6 +142,23 @@ def test_custom_folders_that_are_unclear(tmp_path, caplog):
         labelled.class_folders(tmp_path / "split" / name, clips=3)
     with pytest.raises(AudioError, match="holds train, val or test, and old: are these splits or classes"):
         TASKS["custom"].open([str(tmp_path / "split")])
+
+
+def test_class_folders_of_shards(tmp_path):
+    """Of which no clip is a file."""
+    root = labelled.class_folders(tmp_path / "data", clips=3)
+    for path in sorted((root / "dog").iterdir()):
+        with tarfile.open(root / "dog" / "dog.tar", "a") as shard:
+            shard.add(path, path.name)
+        path.unlink()
+    with pytest.raises(AudioError, match="dog: holds shards, and recordings were expected"):
+        TASKS["custom"].open([str(root)])
+
+
+def test_a_split_of_one_class(tmp_path):
+    for name, classes in (("train", "ab"), ("val", "a")):
+        labelled.class_folders(tmp_path / name, classes=classes, clips=3)
+    assert list(TASKS["custom"].open([str(tmp_path)]).val.label_counts()) == [3, 0]
 
 
 def test_custom_csv_of_rare_labels(tmp_path):

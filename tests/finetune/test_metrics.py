@@ -76,6 +76,14 @@ def test_the_report(tmp_path):
     np.testing.assert_allclose(report.confusion[0], shares[:2].mean(0))
 
 
+def test_without_matplotlib(tmp_path, monkeypatch, caplog):
+    """Numbers are written, and what is missing is said."""
+    monkeypatch.setattr("audiomae.finetune.metrics.find_spec", lambda name: None)
+    write_report(tmp_path, measure(np.eye(2), np.eye(2), ("a", "b"), multi_label=False), "title")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "per_class.csv"]
+    assert "no confusion.png, matplotlib is not installed" in caplog.text
+
+
 def test_classes_without_clips():
     """Count 0, as published; what the others have is told beside it."""
     logits, targets = np.array([[2.0, -1.0, 0.0], [0.5, 1.0, 0.0]]), np.array([[1, 0, 0], [1, 1, 0]])

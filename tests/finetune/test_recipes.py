@@ -5,6 +5,7 @@ import json
 import labelled
 import pytest
 import yaml
+from cli_cases import MAE_AST
 from labelled import TINY, run
 
 import audiomae
@@ -109,6 +110,21 @@ def test_classes_are_balanced_in_one_way():
     assert (c.balanced, c.replacement, c.repeat_classes) == (True, True, None)
     c = parse([*words, "as2m", "--repeat-classes", "0.5"], TuneConfig, "finetune", "")
     assert (c.balanced, c.epoch_clips, c.repeat_classes) == (False, None, 0.5)
+
+
+def test_weights_are_averaged_in_one_way():
+    words = ["--data", "x", "--out", "y", "--pretrained", "p", "--task", "as20k", "--recipe", "ssast.as20k"]
+    c = parse([*words, "--ema", "0.9"], TuneConfig, "finetune", "")
+    assert (c.ema, c.average_from) == (0.9, None)
+
+
+def test_tasks_that_are_none_in_python():
+    for check in (
+        TuneConfig(task="esc51", data=["x"], out="y", pretrained="z", steps=1).check,
+        EvaluateConfig(model="x", task="esc51").check,
+    ):
+        with pytest.raises(ValueError, match="there is no task 'esc51'; did you mean esc50"):
+            check()
 
 
 def test_defaults_recipe_file_and_command_line(tmp_path, capsys):
@@ -220,6 +236,21 @@ def test_a_model_that_the_weights_are_not(run, checkpoints, tmp_path):
     status, _, error = run("finetune", *words)
     assert status == 1 and "have family='ssast', but the wanted model has 'audiomae'" in error
     assert error.count("\n") == 1 and not (tmp_path / "y").exists()
+
+
+def test_published_weights_of_mae_ast(run, checkpoints, tmp_path):
+    """Their tensors do not say which model it is: --model does."""
+    words = ["--task", "custom", "--data", labelled.class_folders(tmp_path / "x"), "--out", tmp_path / "y"]
+    words += ["--steps", 1, "--batch-size", 4, "--frames", 48, "--workers", 0, "--device", "cpu"]
+    words += ["--pretrained", checkpoints["mae_ast"]]
+    status, _, error = run("finetune", *words)
+    assert status == 1 and "to finetune: --model mae_ast_patch_base or mae_ast_frame_base" in error
+    sizes = json.dumps({name: MAE_AST[name] for name in ("width", "depth", "heads")})
+    status, _, error = run("finetune", *words, "--model", "mae_ast_patch_base", "--model-overrides", sizes)
+    assert status == 0, error
+    record = audiomae.load(tmp_path / "y").record
+    assert record.settings["pretrained"] == checkpoints["mae_ast"].name
+    assert str(tmp_path.parent) not in (tmp_path / "y/model/README.md").read_text()
 
 
 def test_a_run_is_not_written_over(tmp_path, capsys):

@@ -1,6 +1,8 @@
 """What a step and a run of fine-tuning are: rates by layer, losses, averaged weights, the weights that are kept."""
 
+import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -401,9 +403,22 @@ def test_a_clip_that_cannot_be_read_is_left_out(data, tmp_path, caplog):
     shutil.copytree(data["many"].parent, root)
     finetune(config(root / "labels.csv", tmp_path / "run", steps=1))
     (root / "clips" / "16.wav").write_bytes(b"")
+    caplog.clear()
     found = evaluate(EvaluateConfig(model=str(tmp_path / "run"), workers=0, device="cpu"))[""]
     assert found.metrics["clips"] == 2
     assert "left out 1 clip that could not be read" in caplog.text
+    assert "16.wav: " in caplog.text and "takes its place" not in caplog.text
+
+
+def test_another_model_in_the_folder_of_a_run(data, tmp_path):
+    """Is not the run's, whose model is called that."""
+    finetune(config(data["one"], tmp_path / "run", steps=1))
+    shutil.copytree(tmp_path / "run" / "model", tmp_path / "run" / "other")
+    shutil.copy(tmp_path / "run" / "model" / "model.safetensors", tmp_path / "run" / "other.safetensors")
+    for name in ("other", "other.safetensors"):
+        with pytest.raises(ValueError, match="there is no --task"):
+            evaluate(EvaluateConfig(model=str(tmp_path / "run" / name), workers=0, device="cpu"))
+    assert evaluate(EvaluateConfig(model=str(tmp_path / "run" / "model"), workers=0, device="cpu"))
 
 
 def test_recordings_that_were_added_since(tmp_path):
@@ -427,13 +442,54 @@ def test_recordings_that_were_added_since(tmp_path):
     )
 
 
+def test_a_run_goes_on_with_the_splits_it_noted(tmp_path):
+    """Though recordings were added since, or one took another's place."""
+    root = labelled.class_folders(tmp_path / "data", clips=12)
+    finetune(config(root, tmp_path / "run", steps=1))
+    before = (tmp_path / "run/splits.csv").read_text()
+    for i in range(12, 24):
+        labelled.sound(root / "dog" / f"{i}.wav", 0, i)
+    finetune(config(root, tmp_path / "run", steps=2, resume=True))
+    assert (tmp_path / "run/splits.csv").read_text() == before
+    other = labelled.class_folders(tmp_path / "other", clips=24)
+    with pytest.raises(ValueError, match="Resume with the same data and settings"):
+        finetune(config(other, tmp_path / "run", steps=3, resume=True))
+    assert (tmp_path / "run/splits.csv").read_text() == before
+
+
 # -- many processes ------------------------------------------------------------------------------------------
+
+
+def one_of_two(monkeypatch, rank):
+    """What a process finds before it first speaks to the other one."""
+    monkeypatch.setattr("audiomae.train.loop.distribute", lambda model, *_: model)
+    processes = Processes("cpu")
+    processes.rank, processes.world_size = rank, 2
+    return processes
+
+
+def test_a_test_split_with_fewer_clips_than_processes(tmp_path, monkeypatch):
+    """Is refused before the first step, and not after the last."""
+    path = labelled.csv_file(tmp_path)
+    path.write_text(path.read_text().replace(",test", ",train", 2))
+    with pytest.raises(ValueError, match="an epoch has 1 clip for 2 processes"):
+        Tuner(config(path, tmp_path / "run"), one_of_two(monkeypatch, 0))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_warns_of_the_data_for_all(tmp_path, monkeypatch, caplog, rank):
+    root = labelled.class_folders(tmp_path / "data")
+    labelled.sound(root / "lost.wav", 0)
+    Tuner(config(root, tmp_path / "run"), one_of_two(monkeypatch, rank))
+    assert ("left out 1 recording beside the folders of classes" in caplog.text) == (rank == 0)
 
 
 SPLITS = {"test": (2, 5), "train": (5, 23), "val": (4, 3)}  # batch size of a process, clips
 
 
 def _evaluate(rank, model, out):
+    said = io.StringIO()
+    logging.getLogger("audiomae").addHandler(handler := logging.StreamHandler(said))
     for split, (batch_size, _) in SPLITS.items():
         settings = {
             "split": split,
@@ -444,6 +500,8 @@ def _evaluate(rank, model, out):
         }
         report = evaluate(EvaluateConfig(model=str(model), **settings))[""]
         (out / f"{split}-{rank}.json").write_text(json.dumps([report.metrics, report.classes]))
+    logging.getLogger("audiomae").removeHandler(handler)
+    assert said.getvalue().count("lost.wav") == (len(SPLITS) if rank == 0 else 0)
 
 
 def test_two_processes_evaluate_as_one(tmp_path):
@@ -453,6 +511,7 @@ def test_two_processes_evaluate_as_one(tmp_path):
         for label, count in zip("ab", clips, strict=True):
             for i in range(count):
                 labelled.sound(root / name / label / f"{i}.wav", ord(label), i)
+    labelled.sound(root / "test" / "lost.wav", 0)
     finetune(config(root, tmp_path / "run", steps=2, lr=1e-2))
     ones.mkdir(), twos.mkdir()
     _evaluate(0, tmp_path / "run", ones)

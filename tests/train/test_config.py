@@ -112,9 +112,10 @@ def test_the_command_line_replaces_the_other_way_of_saying_it(tmp_path):
 def test_fields_of_a_recipe_that_are_not_given_stay(tmp_path):
     """Of the model's configuration and of the augmentation."""
     words = ["--recipe", "ssast_patch_base.as_ls", "--data", "x", "--val-data", "z", "--out", "y"]
-    assert parse([*words, "--model-overrides", "{frames: 64}"]).model_overrides == {"passes": 2, "frames": 64}
+    more = ["--model-overrides", "{frames: 64, dropout: 1e-1}", "--model-overrides", "{frames: 32}"]
+    assert parse([*words, *more]).model_overrides == {"passes": 2, "frames": 32, "dropout": 0.1}
     file = tmp_path / "run.yaml"
-    file.write_text("model_overrides: {frames: 64, mask_ratio: 0.5}\naugment: {noise: [10, 20]}\n")
+    file.write_text("model_overrides: {frames: 64, mask_ratio: 5e-1}\naugment: {noise: [10, 20]}\n")
     config = parse([*words, "--config", str(file), "--model-overrides", "{frames: 32, passes: 1}"])
     assert config.model_overrides == {"passes": 1, "frames": 32, "mask_ratio": 0.5}
     words = ["--recipe", "audiomae_base.as2m", "--data", "x", "--out", "y", "--config", str(file)]

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from audiomae.data import recordings
 from audiomae.train import Checkpoints, Trainer, TrainingError, pretrain
 from audiomae.train import checkpoints as checkpoints_module
 from audiomae.train.checkpoints import read_state
+from audiomae.train.log import Log
 from audiomae.train.loop import STATE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,6 +115,23 @@ def test_a_signal_before_anything_was_measured(clips, tmp_path, signalled):
     assert [(c.step, c.metric) for c in Checkpoints(tmp_path / "run" / "checkpoints").complete()] == [
         (3, None)
     ]
+
+
+def test_a_signal_before_the_first_step(clips, tmp_path, monkeypatch, capsys):
+    """There is nothing to save: what goes on starts anew."""
+    config = tiny(clips, tmp_path / "run", resume=True, steps=1)
+    take = Trainer._take
+
+    def interrupted(self, batches):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, batches)
+
+    monkeypatch.setattr(Trainer, "_take", interrupted)
+    assert pretrain(config) is None
+    assert "at step 0: nothing to save" in capsys.readouterr().out
+    assert not Checkpoints(tmp_path / "run" / "checkpoints").started()
+    monkeypatch.undo()
+    assert pretrain(config) is not None
 
 
 def killed(config, moments, seed):
@@ -263,6 +282,53 @@ def test_a_write_that_fails_half_way(clips, tmp_path, monkeypatch):
     pretrain(tiny(clips, tmp_path / "run", resume=True))
     pretrain(tiny(clips, tmp_path / "whole"))
     assert_same_bits(state_of(tmp_path / "run", 8), state_of(tmp_path / "whole", 8))
+
+
+def test_a_line_that_cannot_be_written(tmp_path):
+    """Closing the file tries again, and must not hide the sentence."""
+    log = Log(tmp_path, 0, 8)
+    log._file.close()
+    log._file = open("/dev/full", "w")  # noqa: SIM115 -- the log closes it
+    said = "full cannot be written: No space left on device; go on with --resume"
+    with pytest.raises(OSError, match=said), closing(log):
+        log.metrics(1, loss=1.0)
+
+
+def test_tensorboard_on_a_full_disk(tmp_path):
+    """It writes in a thread of its own, and hands the error to whoever comes next."""
+    pytest.importorskip("torch.utils.tensorboard")
+    log = Log(tmp_path, 0, 8)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log._board.flush = log._board.close = full
+    said = "tensorboard cannot be written: No space left on device; go on with --resume"
+    with pytest.raises(OSError, match=said), closing(log):
+        log.metrics(1, loss=1.0)
+
+
+def test_a_picture_that_cannot_be_written(clips, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "pictures").touch()
+    with pytest.raises(OSError, match=r"pictures.* cannot be written: File exists; go on with --resume"):
+        pretrain(tiny(clips, tmp_path / "run", picture_every=4))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_disk_that_is_full_when_the_model_is_written(clips, tmp_path, number):
+    """All steps are made: the next process has the model to write, and no more."""
+    with (
+        fault(tmp_path / "run" / "model", "full", number),
+        pytest.raises(OSError, match="is complete: make") as no,
+    ):
+        pretrain(tiny(clips, tmp_path / "run", steps=1))
+    assert "Errno" not in str(no.value) and "model could not be written: No space left on device" in str(
+        no.value
+    )
+    assert pretrain(tiny(clips, tmp_path / "run", steps=1, resume=True)) == tmp_path / "run" / "model"
+    assert audiomae.load(tmp_path / "run").record.metrics
+    assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith("model.")]
 
 
 def test_a_folder_that_cannot_be_made(clips, tmp_path):
@@ -445,6 +511,13 @@ def test_the_last_and_the_best_are_kept(tmp_path):
         folder.save(step, lambda path: (path / "x").write_text("x"), metric)
     assert [checkpoint.step for checkpoint in folder.complete()] == [5, 4, 2]
     assert folder.best().step == 2 and folder.latest().step == 5
+
+
+def test_a_validation_loss_that_is_nan_is_not_the_best(tmp_path):
+    folder = Checkpoints(tmp_path, keep=1)
+    for step, metric in enumerate((5.0, 6.0, math.nan), start=1):
+        saved(folder, step, metric=metric)
+    assert [checkpoint.step for checkpoint in folder.complete()] == [3, 1] and folder.best().step == 1
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):
