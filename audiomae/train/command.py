@@ -53,6 +53,8 @@ class _Repeated(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         try:
             value = _load(values) if self.item is dict else self.item(values)
+            if field := (option_string or "").partition(".")[2]:  # --model-overrides.depth 3
+                value = {field: value}
         except (ValueError, yaml.YAMLError):
             value = None
         if not isinstance(value, self.item):

@@ -114,6 +114,10 @@ def test_fields_of_a_recipe_that_are_not_given_stay(tmp_path):
     words = ["--recipe", "ssast_patch_base.as_ls", "--data", "x", "--val-data", "z", "--out", "y"]
     more = ["--model-overrides", "{frames: 64, dropout: 1e-1}", "--model-overrides", "{frames: 32}"]
     assert parse([*words, *more]).model_overrides == {"passes": 2, "frames": 32, "dropout": 0.1}
+    more += ["--model-overrides.frames", "48", "--model-overrides.patch", "[8, 8]"]
+    assert parse([*words, *more]).model_overrides == {
+        "passes": 2, "frames": 48, "dropout": 0.1, "patch": [8, 8],
+    }  # fmt: skip
     file = tmp_path / "run.yaml"
     file.write_text("model_overrides: {frames: 64, mask_ratio: 5e-1}\naugment: {noise: [10, 20]}\n")
     config = parse([*words, "--config", str(file), "--model-overrides", "{frames: 32, passes: 1}"])
