@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +154,21 @@ def _to_onnx(program: torch.export.ExportedProgram, output: str) -> torch.onnx.O
         raise ImportError(
             f'ONNX export needs onnxscript, which cannot be imported ({error}): pip install "audiomae[export]"'
         ) from error
-    return torch.onnx.export(
-        program, input_names=["spectrogram"], output_names=[output], dynamo=True, verbose=False
-    )
+    # It warns of torchvision's ops where that is not installed; nothing here has any.
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        return torch.onnx.export(
+            program,
+            input_names=["spectrogram"],
+            output_names=[output],
+            dynamic_shapes={"spectrogram": {0: "batch", 1: "frames"}},  # their names in the file
+            dynamo=True,
+            verbose=False,
+        )
+    finally:
+        registration.setLevel(level)
 
 
 # -- the command ---------------------------------------------------------------------------------------------

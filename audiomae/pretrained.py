@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,7 +123,7 @@ class PretrainedMixin(
     def _save_pretrained(self, save_directory: Path) -> None:
         (save_directory / CONFIG).write_text(self.config.to_json_string())
         state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, save_directory / WEIGHTS, metadata={"format": "pt"})
+        _save_tensors(state, save_directory / WEIGHTS, {"format": "pt"})
         (save_directory / EXTRAS).unlink(missing_ok=True)  # of a model that was here before
         if self.upstream is not None:
             # MAE-AST's two tables of positions may be one tensor, which safetensors refuses.
@@ -131,7 +132,7 @@ class PretrainedMixin(
                 for name, tensor in self.upstream.extras.items()
             }
             metadata = {"kind": self.upstream.kind, "prefix": self.upstream.prefix}
-            save_file(extras, save_directory / EXTRAS, metadata=metadata)
+            _save_tensors(extras, save_directory / EXTRAS, metadata)
         (save_directory / RECORD).unlink(missing_ok=True)
         if self.record is not None:
             (save_directory / RECORD).write_text(json.dumps(dataclasses.asdict(self.record), indent=2) + "\n")
@@ -318,6 +319,12 @@ def _card_body(model: SpectrogramModel) -> str:
     lines += ["| metric | value |", "| --- | --- |"]
     shown = {name: f"{v:.4f}" if isinstance(v, float) else v for name, v in record.metrics.items()}
     return "\n".join(lines + [f"| {name} | {value} |" for name, value in shown.items()])
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    save_file(tensors, path, metadata=metadata)
+    # safetensors lets its owner alone read a file, whatever the umask; the configuration beside it obeys that.
+    shutil.copymode(path.with_name(CONFIG), path)
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:

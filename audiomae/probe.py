@@ -61,7 +61,8 @@ def folds(labels: Tensor, number: int, seed: int = 0, groups: Sequence[str] | No
     fewest = int(counts[counts > 0].min())
     if not 2 <= number <= fewest:
         raise ValueError(
-            f"{number} folds need at least 2, and as many {what} of each class: the rarest has {fewest}"
+            f"{number} folds were asked for, and they should be at least 2 and no more than the {what} of each class: "
+            f"the rarest has {fewest}"
         )
     generator = torch.Generator().manual_seed(seed)
     if groups is not None:

@@ -180,7 +180,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_options(parser, out="runs/ablations", steps=400)
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="questions or rows; default: all"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"questions ({', '.join(QUESTIONS)}) or rows; default: all",
     )
     options = parser.parse_args()
     rows = chosen(options.only)

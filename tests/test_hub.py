@@ -178,3 +178,12 @@ def test_from_pretrained_reads_published_files_too(checkpoints):
     assert model.config == audiomae.load(checkpoints["window"]).config and model.upstream.kind == "Audio-MAE"
     with pytest.raises(ValueError, match="holds a Classifier, not a MaskedAutoencoder"):
         audiomae.MaskedAutoencoder.from_pretrained(checkpoints["finetuned"])
+
+
+def test_saved_files_are_as_readable_as_any(tmp_path):
+    """Where a umask lets colleagues read, they can read the weights too."""
+    audiomae.from_upstream(state_dict("mae_ast"), tokens="patch").save_pretrained(tmp_path)
+    (tmp_path / "any").touch()
+    modes = {file.name: oct(file.stat().st_mode) for file in tmp_path.iterdir()}
+    assert {pretrained.WEIGHTS, pretrained.EXTRAS} <= modes.keys()
+    assert set(modes.values()) == {modes["any"]}, modes

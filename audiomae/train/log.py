@@ -53,18 +53,18 @@ class Log:
             return
         # NaN is no JSON.
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        where = self._file.name
         try:
             self._file.write(json.dumps({"step": step, **plain}) + "\n")
             self._file.flush()
+            if self._board is not None:
+                where = self._board.log_dir
+                for name, value in values.items():
+                    if not isinstance(value, str):
+                        self._board.add_scalar(name, value, step)
+                self._board.flush()
         except OSError as error:
-            raise OSError(
-                f"{self._file.name} cannot be written: {error.strerror}; go on with --resume"
-            ) from error
-        if self._board is not None:
-            for name, value in values.items():
-                if not isinstance(value, str):
-                    self._board.add_scalar(name, value, step)
-            self._board.flush()
+            raise OSError(f"{where} cannot be written: {error.strerror}; go on with --resume") from error
 
     def progress(self, step: int, loss: float, lr: float, clips_per_second: float) -> None:
         if not self.active:
@@ -88,11 +88,9 @@ class Log:
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
-        if self._board is not None:
-            self._board.close()
-        if self._file is not None:
+        for file in filter(None, (self._board, self._file)):
             with suppress(OSError):  # of a line that could not be written, which `metrics` has said
-                self._file.close()
+                file.close()
 
 
 class Failures(FailureLog):

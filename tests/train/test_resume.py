@@ -294,6 +294,20 @@ def test_a_line_that_cannot_be_written(tmp_path):
         log.metrics(1, loss=1.0)
 
 
+def test_tensorboard_on_a_full_disk(tmp_path):
+    """It writes in a thread of its own, and hands the error to whoever comes next."""
+    pytest.importorskip("torch.utils.tensorboard")
+    log = Log(tmp_path, 0, 8)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log._board.flush = log._board.close = full
+    said = "tensorboard cannot be written: No space left on device; go on with --resume"
+    with pytest.raises(OSError, match=said), closing(log):
+        log.metrics(1, loss=1.0)
+
+
 def test_a_picture_that_cannot_be_written(clips, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "pictures").touch()
