@@ -135,10 +135,12 @@ def _hold_out(count: int, share: float, seed: int = 0) -> np.ndarray:
 def _rows(path: Path, needs: Sequence[str]) -> list[dict[str, str]]:
     """Of a CSV file with a header that has the columns needed."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
             rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        for row in rows:  # names of files may be any bytes, and nothing else
+            "".join(value for name, value in row.items() if name not in (None, "path") and value).encode()
+    except (OSError, UnicodeError, csv.Error) as error:
         raise AudioError(f"{path}: cannot be read: {error}") from error
     missing = [name for name in needs if name not in (reader.fieldnames or ())]
     if missing or not rows:
@@ -505,6 +507,8 @@ def custom(data: Sequence[str], val_data: Sequence[str], fold: int | None) -> Sp
     if drawn := all(split is None for _, _, split in rows):
         rows = _split_at_random(rows, multi_label)
     names = sorted({label for _, labels, _ in rows for label in labels})
+    if odd := [name for name in names if name != os.fsencode(name).decode(errors="replace")]:
+        raise AudioError(f"{path}: the name of the class {odd[0]!r} is not in UTF-8: rename it")
     if len(names) < 2:
         raise AudioError(
             f"{path}: has {len(names)} class, and two at least were expected. Custom data are {CUSTOM}"
@@ -582,7 +586,8 @@ def _custom_folder(folder: Path) -> list[Row]:
 
 def _custom_folder_of_classes(folder: Path) -> list[Row]:
     source = labelled_folder(folder, least=1)
-    return [(clip.path, (source.label_names[clip.labels[0]],), None) for clip in source]
+    names = [name.strip() for name in source.label_names]  # as in a CSV file
+    return [(clip.path, (names[clip.labels[0]],), None) for clip in source]
 
 
 def _custom_csv(path: Path) -> tuple[list[Row], bool]:

@@ -457,6 +457,24 @@ def test_a_run_goes_on_with_the_splits_it_noted(tmp_path):
     assert (tmp_path / "run/splits.csv").read_text() == before
 
 
+def test_names_of_any_kind_are_noted(tmp_path):
+    """Files may be called anything, and classes anything in UTF-8."""
+    root = labelled.class_folders(tmp_path / "data", classes=("dog", ' big, "saw" '), clips=6)
+    for i, name in enumerate((b"caf\xe9.wav", b' one,"two\n.wav')):
+        os.rename(root / "dog" / f"{i}.wav", os.fsencode(root / "dog") + b"/" + name)
+    finetune(config(root, tmp_path / "run", steps=1))
+    finetune(config(root, tmp_path / "run", steps=2, resume=True))
+    report = evaluate(EvaluateConfig(model=str(tmp_path / "run"), split="train", workers=0, device="cpu"))[""]
+    assert report.metrics["clips"] == 8
+    assert audiomae.load(tmp_path / "run").config.frontend.labels == ('big, "saw"', "dog")
+    os.rename(root / "dog", os.fsencode(root) + b"/\xe9")
+    with pytest.raises(ValueError, match="is not in UTF-8: rename it"):
+        finetune(config(root, tmp_path / "other", steps=1))
+    (tmp_path / "labels.csv").write_bytes(b"path,label\na.wav,caf\xe9\n")
+    with pytest.raises(ValueError, match="csv: cannot be read"):
+        finetune(config(tmp_path / "labels.csv", tmp_path / "other", steps=1))
+
+
 # -- many processes ------------------------------------------------------------------------------------------
 
 
