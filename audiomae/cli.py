@@ -288,6 +288,7 @@ def _verify(options: argparse.Namespace) -> None:
         for part in (model.encoder, getattr(model, "decoder", None))
         if part is not None
     ]
+    layouts = ["unknown, used as it is" if layout == "unknown" else layout for layout in layouts]
     print(f"position layout   {', decoder '.join(layouts)}")
     print("missing keys      none")
     extras = sorted(model.upstream.extras) if model.upstream is not None else []

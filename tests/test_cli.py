@@ -156,7 +156,7 @@ def test_verify_and_convert(run, checkpoints, kind, tmp_path):
 
 def test_verify_tells_position_layouts_and_unused_tensors(run, tmp_path):
     state = state_dict("encoder") | {"encoder_emb.weight": torch.ones(2)}
-    for layout in ("transposed", "unknown"):
+    for layout in ("transposed", "unknown, used as it is"):
         torch.save(state, tmp_path / "c.pth")
         out = run("verify", tmp_path / "c.pth")[1]
         assert f"position layout   {layout}\n" in out and "unexpected keys   encoder_emb.weight\n" in out
