@@ -221,7 +221,7 @@ def open_shards(spec: Path, labels: str | os.PathLike | None = None) -> Source:
                 "prepare` again, or copy the shard again"
             )
         index = index_of(tar)
-        members = _read_index(index) if index.is_file() and mids is None else scan(tar, mids)
+        members = _read_index(index, tar) if index.is_file() and mids is None else scan(tar, mids)
         if members:
             shards.append((tar, members))
         else:
@@ -244,10 +244,18 @@ def _stated_names(manifest: dict | None, tar: Path) -> tuple[str, ...]:
     return tuple(manifest.get("labels", ())) if manifest else ()
 
 
-def _read_index(path: Path) -> list[Member]:
+def _read_index(path: Path, tar: str) -> list[Member]:
+    index = load_json(path)
     try:
-        return [Member(**entry | {"labels": tuple(entry["labels"])}) for entry in load_json(path)["clips"]]
+        members = [Member(**entry | {"labels": tuple(entry["labels"])}) for entry in index["clips"]]
+        size = index["bytes"]
     except (TypeError, KeyError) as error:
         raise AudioError(
             f"{path}: is not an index of `audiomae prepare`; delete it and run it again"
         ) from error
+    if size != os.path.getsize(tar):
+        raise AudioError(
+            f"{tar}: has {os.path.getsize(tar)} bytes, but its index states {size}; run `audiomae prepare` again, or "
+            "copy the shard again"
+        )
+    return members

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+_DATA_LOGS = [logging.getLogger(name) for name in ("audiomae.data", "audiomae.finetune")]
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 # The name since torch 2.14, and the one before.
@@ -38,6 +40,7 @@ class Processes(AbstractContextManager):
 
     def __init__(self, device: str = "auto"):
         self.world_size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self._said: set[str] = set()
         self.launched = "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,15 +67,21 @@ class Processes(AbstractContextManager):
 
     @contextmanager
     def warn_once(self) -> Iterator[None]:
-        """Of what all processes find alike, the first one alone warns."""
-        log = logging.getLogger("audiomae")
-        level = log.level
-        if not self.first:
-            log.setLevel(logging.ERROR)
+        """Of what all processes find alike, perhaps several times, the first one alone warns, and once."""
+
+        def new(record: logging.LogRecord) -> bool:
+            if (sentence := record.getMessage()) in self._said:
+                return False
+            self._said.add(sentence)
+            return self.first
+
+        for log in _DATA_LOGS:
+            log.addFilter(new)
         try:
             yield
         finally:
-            log.setLevel(level)
+            for log in _DATA_LOGS:
+                log.removeFilter(new)
 
     def any(self, flag: bool) -> bool:
         """Whether it is set in any process. The hosts wait for each other, not for their devices."""

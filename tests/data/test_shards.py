@@ -330,6 +330,9 @@ def test_empty_and_damaged_shards(source, tmp_path, caplog):
     shard.write_bytes(whole[:-512])
     with pytest.raises(AudioError, match=r"shard-000001.tar: has \d+ bytes, but manifest.json states"):
         open_source(tmp_path / "ours")
+    for one in (shard, tmp_path / "ours" / "*.tar"):  # a pattern knows no manifest
+        with pytest.raises(AudioError, match=r"shard-000001.tar: has \d+ bytes, but its index states"):
+            open_source(one)
     shard.unlink()
     with pytest.raises(AudioError, match="no such shard"):
         open_source(tmp_path / "ours")

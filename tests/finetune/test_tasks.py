@@ -114,7 +114,7 @@ def test_tune_evaluate_interrupt_resume_evaluate(folders, tmp_path, signalled, c
     assert (parts / "test" / "confusion.png").stat().st_size > 1000
 
 
-def test_all_folds(folders, tmp_path, capsys, signalled):
+def test_all_folds(folders, tmp_path, capsys, caplog, signalled):
     """A run for each, their mean; one that was interrupted goes on."""
     out = tmp_path / "run"
     words = small(
@@ -123,7 +123,9 @@ def test_all_folds(folders, tmp_path, capsys, signalled):
     signalled(1)
     assert run(*words) == 0 and not (out / "test").exists()
     signalled(-1)
+    caplog.clear()
     assert run(*words) == 0
+    assert caplog.text.count("25 of 2,000 for five folds") == 1  # and not for each fold
     found = json.loads((out / "test" / "metrics.json").read_text())
     assert list(found["folds"]) == list("12345") and found["metric"] == "accuracy"
     assert found["mean"] == pytest.approx(sum(found["folds"].values()) / 5)
