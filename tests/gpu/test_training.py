@@ -9,7 +9,7 @@ import torch
 from budget import compare
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
-from training import Calls, batches, eager, relative, still, tiny
+from training import Calls, batches, eager, judge_curves, relative, still, tiny
 
 NAMES = ("audiomae_base", "mae_ast_patch_base", "ssast_patch_base")
 each_model = pytest.mark.parametrize("name", NAMES)
@@ -53,18 +53,16 @@ def train(model, data, lr=3e-3, autocast=None, optimizer=None, scaler=None):
 @each_model
 @pytest.mark.parametrize("autocast", AUTOCAST)
 def test_loss_curve(name, autocast, device, impl):
-    """Twenty steps: at most twice the error of plain PyTorch, both against float64."""
+    """Twenty steps: at most twice the error of plain PyTorch, both against float64, in the median of nine draws."""
     curves = []
-    for seed in (0, 1):
+    for seed in range(9):
         model = tiny(name, seed, impl=impl).to(device)
         data, twin = batches_on(device, model, seed), copy.deepcopy(model)
         with eager():
             exact = train(copy.deepcopy(model).double(), data)
             plain = train(twin, data, autocast=autocast)
-        actual = train(model, data, autocast=autocast)
-        assert exact["loss"][-4:].mean() < 0.9 * exact["loss"][:4].mean()
-        curves.append([relative(run, to=exact) for run in (actual, plain, exact)])
-    compare(*zip(*curves, strict=True))
+        curves.append((train(model, data, autocast=autocast), plain, exact))
+    judge_curves(curves)
 
 
 @each_model
