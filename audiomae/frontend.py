@@ -6,6 +6,7 @@ Audio-MAE (https://arxiv.org/abs/2207.06405), SSAST (https://arxiv.org/abs/2110.
 Shapes: B clips, S samples, T frames, N samples per frame, F mel bins.
 """
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import zip_longest
@@ -75,6 +76,11 @@ class Frontend:
         if self.labels is not None:
             if isinstance(self.labels, str) or not all(isinstance(label, str) for label in self.labels):
                 raise ValueError(f"labels is {self.labels!r:.80}, but a sequence of strings was expected")
+            for label in self.labels:  # they are printed, and may be a stranger's
+                if any(unicodedata.category(character) == "Cc" for character in label):
+                    raise ValueError(
+                        f"the label {label!r:.80} holds control characters; take them out of its name"
+                    )
             object.__setattr__(self, "labels", tuple(self.labels))
 
     @classmethod

@@ -278,6 +278,7 @@ def test_settings_survive_json():
         ({"frames": 0}, "frames is 0"),
         ({"sample_rate": 16000.0}, "positive integer"),
         ({"labels": "dog"}, "sequence of strings"),
+        ({"labels": ["dog", "\x1b[2Jrain"]}, r"'\\x1b\[2Jrain' holds control characters"),
     ],
 )
 def test_bad_settings(settings, message):
