@@ -50,7 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print(f"\naudiomae {options.command}: interrupted", file=sys.stderr)
+        hint = (
+            "; --resume goes on from its last checkpoint"
+            if options.command in ("pretrain", "finetune")
+            else ""
+        )
+        print(f"\naudiomae {options.command}: interrupted{hint}", file=sys.stderr)
         return 130  # as a shell says it
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         sentence = str(error)

@@ -12,7 +12,7 @@ from audiomae_kernels import FRONT_END, OPS, _native
 from cli_cases import KINDS, SOUNDS, files_below, state_dict
 
 import audiomae
-from audiomae import options
+from audiomae import cli, options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,6 +68,9 @@ def test_interrupted(run, monkeypatch):
 
     monkeypatch.setattr("audiomae.cli._doctor", interrupted)
     assert run("doctor") == (130, "", "\naudiomae doctor: interrupted\n")
+    monkeypatch.setitem(cli._TRAINING, "pretrain", (interrupted, ""))
+    status, _, err = run("pretrain", "--resume")
+    assert status == 130 and "interrupted; --resume goes on from its last checkpoint" in err
 
 
 def test_doctor(run):
