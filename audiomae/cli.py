@@ -50,18 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        hint = (
-            "; --resume goes on from its last checkpoint"
-            if options.command in ("pretrain", "finetune")
-            else ""
-        )
+        resumable = options.command in ("pretrain", "finetune")
+        hint = "; --resume goes on from its last checkpoint" if resumable else ""
         print(f"\naudiomae {options.command}: interrupted{hint}", file=sys.stderr)
         return 130  # as a shell says it
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         sentence = str(error)
-        if (
-            isinstance(error, OSError) and error.strerror
-        ):  # the operating system's, which nobody made a sentence of
+        # The operating system's, which nobody made a sentence of.
+        if isinstance(error, OSError) and error.strerror:
             sentence = ": ".join(filter(None, (error.filename, error.strerror)))
         print(f"audiomae {options.command}: {sentence}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

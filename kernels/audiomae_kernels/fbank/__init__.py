@@ -172,21 +172,9 @@ def _native_constants(
     )
 
 
-def _native_forward(
-    waveform,
-    *,
-    sample_rate,
-    window,
-    mel_bins,
-    frame_length,
-    frame_shift,
-    low_freq,
-    high_freq,
-    preemphasis,
-    remove_dc_offset,
-):
-    size, shift, fft_size = frame_sizes(sample_rate, frame_length, frame_shift)
-    constants = _native_constants(sample_rate, window, mel_bins, low_freq, high_freq, size, fft_size)
+def _native_forward(waveform, *, frame_length, frame_shift, preemphasis, remove_dc_offset, **filters):
+    size, shift, fft_size = frame_sizes(filters["sample_rate"], frame_length, frame_shift)
+    constants = _native_constants(**filters, size=size, fft_size=fft_size)
     return torch.ops.audiomae_native.fbank.default(
         waveform, *constants, fft_size, shift, preemphasis, remove_dc_offset
     )
